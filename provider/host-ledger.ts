@@ -46,12 +46,7 @@ export declare function memory(host: Host): Promise<Memory>;
  * One changing step as ONE ssh command: take the object's flock, check that the incarnation in the ledger is `expected`
  * ("" = no line yet), write the line, run the argv. Without a command only the line is written.
  */
-export declare function fenced(
-  host: Host,
-  line: Line,
-  expected: string,
-  command?: Command,
-): Promise<Answer>;
+export declare function fenced(host: Host, line: Line, expected: string, command?: Command): Promise<Answer>;
 
 /** Removes the line, under the same lock and check. */
 export declare function forget(host: Host, line: Line): Promise<void>;
