@@ -21,8 +21,8 @@ export abstract class HostResource extends pulumi.CustomResource {
     opts: pulumi.CustomResourceOptions = {},
   ) {
     const isGet = opts.id !== undefined;
-    if (!isGet) once(kind, name, args["host"], identity);
-    const declared: Props = { ...args, host: withSecrets(args["host"] as pulumi.Input<Host>) };
+    if (!isGet) once(kind, name, args.host, identity);
+    const declared: Props = { ...args, host: withSecrets(args.host as pulumi.Input<Host>) };
     const hidden: Props = isGet ? {} : { __owner: owner(kind, name), __timeouts: timeouts(opts.customTimeouts) };
     super(
       `pulumi-nodejs:dynamic/vmbackup:${kind}`,

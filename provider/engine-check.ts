@@ -93,9 +93,9 @@ export function diff(definition: AnyDefinition, olds: Fields, news: Fields): Dif
   const changed = fields.filter((field) => hasUnknown(after[field]) || !same(before[field], after[field]));
   const replaces = definition.replaceOn.filter((field) => changed.includes(field) && !hasUnknown(after[field]));
   if (changed.length > 0) return { changes: undefined, replaces };
-  const status = state["status"] as { valid?: boolean } | undefined;
+  const status = state.status as { valid?: boolean } | undefined;
   const lost = status?.valid === false; // the one flag of a status that diff looks at
-  const older = Number(olds["__v"] ?? 0) < definition.version; // also a half-made resource without a version
+  const older = Number(olds.__v ?? 0) < definition.version; // also a half-made resource without a version
   const hidden = ["__owner", "__timeouts"].some((key) => !same(olds[key] ?? null, news[key] ?? null));
   return { changes: lost || older || hidden, replaces: [] };
 }

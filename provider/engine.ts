@@ -137,7 +137,7 @@ export function split(properties: Fields): { inputs: Fields; hidden: Hidden } {
 /** The declared inputs among the outputs of a state, in today's normal form, migrated from older versions. */
 export function migrated(definition: AnyDefinition, state: Fields): Fields {
   let now = state;
-  for (let v = Number(state["__v"] ?? definition.version); v < definition.version; v++) {
+  for (let v = Number(state.__v ?? definition.version); v < definition.version; v++) {
     const step = definition.migrations[v];
     if (step === undefined) throw new Error(`${definition.kind}: no way from state version ${v} to ${v + 1}`);
     now = step(now);
@@ -163,20 +163,26 @@ export class Engine {
   async create(properties: Fields): Promise<{ id: string; outs: Fields }> {
     const { inputs, hidden } = split(properties);
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want["host"]);
+    const host = this.#connect(want.host);
     const id: string = this.#definition.identify(want);
     const deadline = within(hidden.__timeouts?.create);
     const found = await memory(host);
-    const line = lineOf(found, this.#definition.kind, id);
-    const have = await this.#definition.observe(want, line, host);
-    const adopted = this.#mayTake(id, hidden.__owner, want["adopt"] === true, line, have);
+    const remembered = lineOf(found, this.#definition.kind, id);
+    let line = remembered;
+    let have: Observed<unknown> = await this.#definition.observe(want, line, host);
+    if (line?.finished && !have.exists) {
+      // What the line tells of is gone, and nobody is at work on it: the name is free again.
+      line = undefined;
+      have = await this.#definition.observe(want, line, host);
+    }
+    const adopted = this.#mayTake(id, hidden.__owner, want.adopt === true, line, have);
     const task: Task<Fields, unknown> = {
       host,
       want,
       hidden,
       memory: found,
       deadline,
-      onHost: line?.incarnation ?? "",
+      onHost: remembered?.incarnation ?? "",
       began: false,
       line: {
         ...(line ?? { v: 1, kind: this.#definition.kind, identity: id, kept: [] }),
@@ -195,7 +201,7 @@ export class Engine {
     const before = split(migrated(this.#definition, olds)).hidden;
     const { inputs, hidden } = split(news);
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want["host"]);
+    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.update);
     const found = await memory(host);
     checkMachine(this.#definition.kind, id, before.__machine, found, host);
@@ -231,9 +237,9 @@ export class Engine {
     const { inputs, hidden } = split(state);
     const isGet = hidden.__v === undefined;
     const want: Fields = isGet
-      ? { host: inputs["host"], ...this.#definition.fromId(id) }
+      ? { host: inputs.host, ...this.#definition.fromId(id) }
       : declaredOf(this.#definition, inputs);
-    const host = this.#connect(want["host"]);
+    const host = this.#connect(want.host);
     const found = await memory(host);
     if (!isGet) checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
     const line = lineOf(found, this.#definition.kind, id) ?? (isGet ? undefined : this.#lineFrom(id, hidden));
@@ -259,7 +265,7 @@ export class Engine {
     const { inputs, hidden } = split(state);
     if (hidden.__v === undefined) return; // read by `.get`: never ours
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want["host"]);
+    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.delete);
     const found = await memory(host);
     checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
@@ -377,8 +383,6 @@ export class Engine {
   /** Whether a create may take what is there; true when it is adopted. */
   #mayTake(id: string, owner: string, adopt: boolean, line: Line | undefined, have: Observed<unknown>): boolean {
     if (line !== undefined && line.owner !== owner) {
-      // Nothing is there any more, and nobody is at work on it: the name is free again.
-      if (line.finished && !have.exists && have.lost === undefined) return false;
       if (!adopt) throw this.#conflict(id, line.owner);
       return true;
     }
