@@ -1,0 +1,41 @@
+import { defineConfig } from "vitest/config";
+
+// unit: no root, no lab, seconds. lab: real hosts. engine: the real `pulumi up` against them.
+// One after the other, so that a slow boot or a Go program in the back never makes a timeout of another.
+export default defineConfig({
+  test: {
+    reporters: ["./scripts/skipped-reporter.mts", "default"],
+    projects: [
+      {
+        test: {
+          name: "unit",
+          include: ["test/unit/**/*.test.ts", "test/*.test.ts"],
+          sequence: { groupOrder: 0 },
+        },
+      },
+      {
+        test: {
+          name: "lab",
+          include: ["test/{lab,laws,proxmox}/**/*.test.ts"],
+          globalSetup: ["test/lab/setup.ts"],
+          testTimeout: 120_000,
+          hookTimeout: 300_000,
+          // Hosts are processes of this machine: more files at once would only wait for its cores.
+          maxWorkers: 2,
+          sequence: { groupOrder: 1 },
+        },
+      },
+      {
+        test: {
+          name: "engine",
+          include: ["test/engine/**/*.test.ts"],
+          globalSetup: ["test/lab/setup.ts", "test/engine/setup.ts"],
+          testTimeout: 300_000,
+          hookTimeout: 300_000,
+          maxWorkers: 2,
+          sequence: { groupOrder: 2 },
+        },
+      },
+    ],
+  },
+});
