@@ -1,0 +1,294 @@
+// LvSnapshot on real LVM: the laws, and what is special about points in time.
+import { afterEach, describe, expect, it } from "vitest";
+import type { Fields } from "../../provider/engine-values.js";
+import { laws } from "../laws.js";
+import { Stack } from "../stack.js";
+import { useStore, useVolumeGroup } from "./lab.js";
+
+const MiB = 1 << 20;
+const store = useStore();
+const vg = useVolumeGroup(store, "snaps", 640);
+const setUp = useOnce(async () => {
+  await store.ssh(
+    `lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 32M -n other ${vg} && lvcreate -qq -y --type thin-pool -L 64M -n pool ${vg} && lvcreate -qq -y --thinpool pool -V 64M -n thin ${vg}`,
+  );
+});
+
+function useOnce(work: () => Promise<void>): () => Promise<void> {
+  let done: Promise<void> | undefined;
+  return () => (done ??= work());
+}
+
+/** What LVM says of a volume, without what moves by itself. */
+async function lvs(name: string, columns = "lv_name,origin,lv_size,lv_tags,lv_uuid"): Promise<string | undefined> {
+  await setUp();
+  const { stdout } = await store.ssh(["lvs", "--noheadings", "--units", "b", "-o", columns, "-S", `vg_name=${vg} && lv_name=${name}`]);
+  return stdout.trim() === "" ? undefined : stdout.trim().replace(/\s+/g, " ");
+}
+
+const inputs = (over: Fields): Fields => ({ host: store.connection, volumeGroup: vg, origin: "root", size: "8M", ...over });
+
+laws({
+  kind: "LvSnapshot",
+  inputs: (tag) => inputs({ name: tag }),
+  look: (tag) => lvs(tag),
+  vanish: async (tag) => void (await store.ssh(["lvremove", "-qq", "--yes", `${vg}/${tag}`])),
+  foreign: async (tag) => {
+    await setUp();
+    await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "-n", tag, `${vg}/root`]);
+  },
+  losable: true,
+  token: (tag) => lvs(tag, "lv_uuid"),
+  bad: [
+    ["a reserved name", { name: "snapshot1" }, "name"],
+    ["size 0", { size: 0 }, "size"],
+    ["no unit of ours", { size: "20 GB" }, "size"],
+    ["a share of nothing", { size: "20%" }, "size"],
+    ["a negative size", { size: -5 }, "size"],
+    ["a name that would be an option", { name: "--force" }, "name"],
+    ["not there yet: nbd", { nbd: { address: "10.0.0.1", allow: ["10.0.0.2"] } }, "nbd"],
+    ["a password", { host: { host: "h", password: "x" } }, "host.password"],
+  ],
+  badOnHost: [
+    ["an unknown volume group, with those there are", { volumeGroup: "nosuchvg" }, /no volume group nosuchvg[^]*snaps/],
+    ["an unknown origin, with those there are", { origin: "nosuchlv" }, /no logical volume nosuchlv[^]*root/],
+    ["more than the group has", { size: "60%ORIGIN", origin: "big" }, /no logical volume big/],
+    ["a thin origin with a size", { origin: "thin" }, /size: snaps\/thin is a thin volume/],
+    ["an ordinary origin without a size", { size: undefined }, /size: snaps\/root is no thin volume/],
+    ["a pool as origin", { origin: "pool" }, /is a pool/],
+  ],
+  mutable: [
+    ["size", { size: "12M" }, /12582912B/],
+    ["minFreePoolPercent", { minFreePoolPercent: 5 }, /8388608B/],
+  ],
+  optional: [["minFreePoolPercent", { minFreePoolPercent: 5 }, undefined]],
+  replacing: [
+    ["name", (tag) => ({ name: `${tag}x` })],
+    ["origin", () => ({ origin: "other" })],
+    ["volumeGroup", () => ({ volumeGroup: "elsewhere" })],
+  ],
+});
+
+describe("LvSnapshot on real LVM", () => {
+  const stacks: Stack[] = [];
+  const stackFor = (name: string, stack?: string) => {
+    const made = new Stack("LvSnapshot", name, stack);
+    stacks.push(made);
+    return made;
+  };
+  afterEach(async () => {
+    for (const stack of stacks.splice(0)) await stack.destroy().catch(() => {});
+  });
+
+  it("tells uuid, time and status, and marks the volume with its owner", async () => {
+    await setUp();
+    const stack = stackFor("facts", "prod");
+    await stack.up(inputs({ name: "facts" }));
+    const outputs = stack.recorded?.outputs as { uuid: string; takenAt: string; status: Fields };
+    expect(await lvs("facts", "lv_uuid")).toBe(outputs.uuid);
+    expect(Math.abs(Date.parse(outputs.takenAt) - Date.now())).toBeLessThan(600_000);
+    expect(outputs.takenAt).toMatch(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.000Z$/);
+    expect(outputs.status).toMatchObject({ valid: true, thin: false, sizeBytes: 8 * MiB, consistency: "crash" });
+    expect(await lvs("facts", "lv_tags")).toBe("pulumi-vmbackup=organization/laws/prod/LvSnapshot/facts");
+    expect(JSON.stringify(stack.recorded?.outputs).length).toBeLessThan(2048);
+  });
+
+  it("holds what was on the origin when it was taken", async () => {
+    await setUp();
+    await store.ssh(`printf before | dd of=/dev/${vg}/root conv=fsync status=none`);
+    await stackFor("content").up(inputs({ name: "content" }));
+    await store.ssh(`printf after! | dd of=/dev/${vg}/root conv=fsync status=none`);
+    const { stdout } = await store.ssh(`dd if=/dev/${vg}/content bs=6 count=1 status=none`);
+    expect(stdout).toBe("before");
+  });
+
+  it("flushes a mounted origin first: what a guest wrote just before is in the snapshot and does not fill it", async () => {
+    await setUp();
+    await store.ssh(`mkfs.ext4 -q -F /dev/${vg}/other && mkdir -p "/mnt/a b" && mount /dev/${vg}/other "/mnt/a b"`);
+    try {
+      await store.ssh(`dd if=/dev/urandom of="/mnt/a b/file" bs=1M count=8 status=none; sha256sum < "/mnt/a b/file" > /root/sum`);
+      const stack = stackFor("mounted");
+      await stack.up(inputs({ name: "mounted", origin: "other" }));
+      expect((stack.recorded?.outputs.status as { usedPercent: number }).usedPercent).toBeLessThan(30);
+      const { stdout } = await store.ssh(
+        `mkdir -p /mnt/look && mount -o ro,noload /dev/${vg}/mounted /mnt/look && sha256sum < /mnt/look/file | diff - /root/sum && echo same; umount /mnt/look`,
+      );
+      expect(stdout).toBe("same");
+    } finally {
+      await store.ssh(`umount "/mnt/a b"`);
+    }
+  });
+
+  it("resolves a share of the origin once", async () => {
+    await setUp();
+    const stack = stackFor("share");
+    await stack.up(inputs({ name: "share", size: "20%ORIGIN" }));
+    expect(await lvs("share", "lv_size")).toBe(`${16 * MiB}B`); // 20 % of 64 MiB, rounded up to 4 MiB extents
+    expect(await stack.preview(inputs({ name: "share", size: "20%ORIGIN" }))).toBe("same");
+    await stack.up(inputs({ name: "share", size: "30%ORIGIN" }));
+    expect(await lvs("share", "lv_size")).toBe(`${20 * MiB}B`);
+    await expect(stack.up(inputs({ name: "share", size: "10%ORIGIN" }))).rejects.toThrow(/never made smaller/);
+    expect(await lvs("share", "lv_size")).toBe(`${20 * MiB}B`);
+  });
+
+  it("is settled where LVM reduces silently to what the origin can use", async () => {
+    await setUp();
+    const stack = stackFor("capped");
+    await stack.up(inputs({ name: "capped", size: "100G" }));
+    const size = Number.parseInt((await lvs("capped", "lv_size")) ?? "", 10);
+    expect(size).toBeGreaterThan(64 * MiB);
+    expect(size).toBeLessThan(80 * MiB);
+    expect(await stack.preview(inputs({ name: "capped", size: "100G" }))).toBe("same");
+    expect(await stack.up(inputs({ name: "capped", size: "101G" }))).toBe("update");
+  });
+
+  it("takes a larger one that LVM extended by itself as settled", async () => {
+    await setUp();
+    const stack = stackFor("extended");
+    await stack.up(inputs({ name: "extended" }));
+    await store.ssh(["lvextend", "-qq", "--size", "24M", `${vg}/extended`]);
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(inputs({ name: "extended" }))).toBe("same");
+    expect(stack.recorded?.outputs.status).toMatchObject({ sizeBytes: 24 * MiB });
+  });
+
+  it("refuses more than the group has, and changes nothing", async () => {
+    await setUp();
+    await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-l", "90%FREE", "-n", "hog", vg]);
+    try {
+      await expect(stackFor("toobig").up(inputs({ name: "toobig", size: "64M" }))).rejects.toThrow(/needs 67108864 bytes, and the volume group has \d+ free/);
+      expect(await lvs("toobig")).toBeUndefined();
+      const { stdout } = await store.ssh("ls /var/lib/pulumi-vmbackup/LvSnapshot 2>/dev/null | grep toobig || true");
+      expect(stdout).toBe("");
+    } finally {
+      await store.ssh(["lvremove", "-qq", "-y", `${vg}/hog`]);
+    }
+  });
+
+  it("refuses a snapshot of a snapshot", async () => {
+    await setUp();
+    await stackFor("first").up(inputs({ name: "first" }));
+    await expect(stackFor("second").up(inputs({ name: "second", origin: "first" }))).rejects.toThrow(/itself a snapshot \(of root\)/);
+    expect(await lvs("second")).toBeUndefined();
+  });
+
+  it("reports an overflowed one lost, never takes it again by itself, and --replace does", async () => {
+    await setUp();
+    const stack = stackFor("small");
+    const small = inputs({ name: "small", size: "4M" });
+    await stack.up(small);
+    const { uuid } = stack.recorded?.outputs as { uuid: string };
+    await store.ssh(`dd if=/dev/urandom of=/dev/${vg}/root bs=1M count=12 conv=fsync status=none`);
+    expect(await stack.refresh()).toBe("there");
+    expect(stack.recorded?.outputs.status).toMatchObject({ valid: false });
+    await expect(stack.up(small)).rejects.toThrow(/the state of \S+ is lost: it overflowed[^]*--replace/);
+    expect(await lvs("small", "lv_uuid")).toBe(uuid);
+    await stack.up(small, { replace: true });
+    expect(stack.recorded?.outputs.uuid).not.toBe(uuid);
+    expect(stack.recorded?.outputs.status).toMatchObject({ valid: true });
+  });
+
+  it("follows a renamed origin by its uuid, and does not take another volume of the same name for its own", async () => {
+    await setUp();
+    await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-L", "8M", "-n", "moving", vg]);
+    const stack = stackFor("follow");
+    const of = inputs({ name: "follow", origin: "moving", size: "4M" });
+    await stack.up(of);
+    await store.ssh(["lvrename", "-qq", vg, "moving", "moved"]);
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(of)).toBe("same");
+    // the snapshot goes, and something else gets its name
+    await store.ssh(`lvremove -qq -y ${vg}/follow && lvcreate -qq -y -W n -L 4M -n follow ${vg}`);
+    expect(await stack.refresh()).toBe("there");
+    expect(stack.recorded?.outputs.status).toMatchObject({ valid: false });
+    await stack.destroy();
+    expect(await lvs("follow")).toBeDefined(); // not ours
+    await store.ssh(`lvremove -qq -y ${vg}/follow ${vg}/moved`);
+  });
+
+  it("takes thin snapshots, active at once, and keeps the last copy", async () => {
+    await setUp();
+    const stack = stackFor("tsnap");
+    const thin = inputs({ name: "tsnap", origin: "thin", size: undefined });
+    await stack.up(thin);
+    expect(await lvs("tsnap", "lv_active")).toBe("active");
+    expect(stack.recorded?.outputs.status).toMatchObject({ thin: true, valid: true });
+    const second = stackFor("tsnap2"); // of a thin one a snapshot may be taken
+    await second.up(inputs({ name: "tsnap2", origin: "tsnap", size: undefined }));
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/tsnap`]);
+    await expect(second.destroy()).rejects.toThrow(/last copy/);
+    expect(await lvs("tsnap2")).toBeDefined();
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/tsnap2`]);
+    await second.destroy();
+  });
+
+  it("refuses a pool that is too full, and takes it when less is asked for", async () => {
+    await setUp();
+    const full = inputs({ name: "tfull", origin: "thin", size: undefined });
+    await store.ssh(`dd if=/dev/urandom of=/dev/${vg}/thin bs=1M count=30 conv=fsync status=none`);
+    await expect(stackFor("tfull").up({ ...full, minFreePoolPercent: 90 })).rejects.toThrow(/minFreePoolPercent: the thin pool snaps\/pool is [\d.]+ % full/);
+    expect(await lvs("tfull")).toBeUndefined();
+    await stackFor("tfull").up({ ...full, minFreePoolPercent: 20 });
+    expect(await lvs("tfull")).toBeDefined();
+  });
+
+  it("refuses while the origin is being merged into, and tells an in-use snapshot's holder to let go at destroy", async () => {
+    await setUp();
+    const stack = stackFor("busy");
+    await stack.up(inputs({ name: "busy", origin: "other" }));
+    await store.ssh(`mkdir -p /mnt/busy && mount -o ro,noload /dev/${vg}/busy /mnt/busy || { mkfs.ext4 -q -F /dev/${vg}/busy; mount /dev/${vg}/busy /mnt/busy; }`);
+    await expect(stack.destroy()).rejects.toThrow(/filesystem in use[^]*unmount/);
+    expect(await lvs("busy")).toBeDefined();
+    await store.ssh("umount /mnt/busy");
+  });
+
+  it("adopts a snapshot made by hand, also one of another stack, and stamps its own mark", async () => {
+    await setUp();
+    await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "--addtag", "keepme", "-n", "byhand", `${vg}/root`]);
+    const uuid = await lvs("byhand", "lv_uuid");
+    const stack = stackFor("byhand");
+    await stack.up(inputs({ name: "byhand", adopt: true }));
+    expect(await lvs("byhand", "lv_uuid")).toBe(uuid);
+    expect(await lvs("byhand", "lv_tags")).toBe("keepme,pulumi-vmbackup=organization/laws/dev/LvSnapshot/byhand");
+    const second = stackFor("byhand", "two");
+    await second.up(inputs({ name: "byhand", adopt: true }));
+    expect(await lvs("byhand", "lv_tags")).toBe("keepme,pulumi-vmbackup=organization/laws/two/LvSnapshot/byhand");
+    await expect(stackFor("wrong").up(inputs({ name: "byhand", origin: "other", adopt: true }))).rejects.toThrow(/a snapshot of root, not of other/);
+  });
+
+  it("reads with .get what is not ours, and throws for what is absent", async () => {
+    await setUp();
+    await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "-n", "seen", `${vg}/root`]);
+    const stack = stackFor("seen");
+    const read = await stack.calls.read(`${vg}/seen`, { host: store.connection, __provider: "x" });
+    expect(read.props).toMatchObject({ volumeGroup: vg, origin: "root", name: "seen", status: { valid: true } });
+    await expect(stack.calls.read(`${vg}/nosuch`, { host: store.connection, __provider: "x" })).rejects.toThrow(/does not exist/);
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/seen`]);
+  });
+
+  it.each([
+    ["a semicolon", "x; touch /tmp/hit"],
+    ["a substitution", "$(touch /tmp/hit)"],
+    ["backquotes", "`touch /tmp/hit`"],
+    ["quotes", `'"; touch /tmp/hit; "'`],
+    ["a newline", "x\ntouch /tmp/hit"],
+    ["an option", "--force"],
+    ["unicode", "schnäppchen"],
+  ])("never runs a hostile string, in any field: %s", async (_name, hostile) => {
+    for (const field of ["volumeGroup", "origin", "name", "size", "host"]) {
+      const stack = stackFor("hostile");
+      await expect(stack.up(inputs({ name: "hostile", [field]: hostile }))).rejects.toThrow();
+      await expect(stack.up(inputs({ name: "hostile", host: { ...store.connection, user: hostile } }))).rejects.toThrow();
+    }
+    const { exitCode } = await store.ssh("test -e /tmp/hit || test -e /tmp/hit*", { reject: false });
+    expect(exitCode).not.toBe(0);
+  });
+
+  it("carries any owner in the tag: blanks, quotes, unicode, and a name that no tag could hold", async () => {
+    await setUp();
+    const stack = stackFor(`it's "ünique"; $(x) ${"y".repeat(30)}`);
+    await stack.up(inputs({ name: "owners" }));
+    expect(await stack.preview(inputs({ name: "owners" }))).toBe("same");
+    await expect(stackFor("other").up(inputs({ name: "owners" }))).rejects.toThrow(/it's "ünique"; \$\(x\) y+/);
+  });
+});
