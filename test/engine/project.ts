@@ -2,11 +2,11 @@
 import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { execa, type ResultPromise } from "execa";
+import { execa } from "execa";
 import { afterAll } from "vitest";
 import { pulumiCli } from "../../scripts/pulumi-cli.mts";
 
-const root = join(import.meta.dirname, "../..");
+const root = join(__dirname, "../..");
 
 export interface ProjectOptions {
   /** Default TypeScript; `esm` is a program with `"type": "module"`, `cjs` plain JavaScript. */
@@ -154,7 +154,7 @@ export class Project {
   }
 
   /** Starts a command and leaves it running: for tests that interrupt or kill it. */
-  start(argv: string[]): ResultPromise<{ all: true; reject: false }> {
+  start(argv: string[]) {
     return execa(this.#pulumi, [...argv, "--stack", this.stack, "--non-interactive"], {
       cwd: this.folder,
       env: this.env,

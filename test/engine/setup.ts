@@ -5,6 +5,6 @@ import { execa } from "execa";
 import { pulumiCli } from "../../scripts/pulumi-cli.mts";
 
 export async function setup(): Promise<void> {
-  await execa("npx", ["tsc", "-p", "tsconfig.build.json", "--noCheck"], { cwd: join(import.meta.dirname, "../..") });
+  await execa("npx", ["tsc", "-p", "tsconfig.build.json", "--noCheck"], { cwd: join(__dirname, "../..") });
   await pulumiCli();
 }

@@ -6,8 +6,8 @@ import { join } from "node:path";
 import { execa } from "execa";
 import { afterAll, beforeAll, expect } from "vitest";
 
-const root = join(import.meta.dirname, "../..");
-const script = join(import.meta.dirname, "lab");
+const root = join(__dirname, "../..");
+const script = join(__dirname, "lab");
 const cache = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "pulumi-vmbackup");
 
 /**

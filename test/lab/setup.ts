@@ -7,7 +7,7 @@ import { down } from "./lab.ts";
 
 export async function setup(): Promise<void> {
   if (process.getuid?.() !== 0) throw new Error("the lab needs root: sudo npm test, or npm run test:unit without it");
-  const { stdout: image } = await execa(join(import.meta.dirname, "lab"), ["image"]);
+  const { stdout: image } = await execa(join(__dirname, "lab"), ["image"]);
   if (!existsSync(join(image, "root.img")))
     throw new Error("the lab's image is missing: npm test makes it, or test/lab/lab deps && test/lab/lab build");
 }
