@@ -4,7 +4,8 @@ import { Engine } from "./engine.js";
 import { check, diff } from "./engine-check.js";
 import type { Fields } from "./engine-values.js";
 import { Refused } from "./errors.js";
-import { connect } from "./host.js";
+import { connect, connectionDefaultsSchema, type Host, hostSchema } from "./host.js";
+import type { ConnectionDefaults } from "./host-connection.js";
 import { resources } from "./resources.js";
 
 // When the CLI is killed this process goes on and finishes its work, with nobody to print to. Without a listener the failed
@@ -30,7 +31,7 @@ export function provider(kind: string): Calls {
       `pulumi-vmbackup has no resource ${kind}: this state was made by another version of the package. Install that one, or a newer one.`,
     );
   let configured: string | undefined;
-  const engine = new Engine(definition, (host) => connect(host, connectionOf(configured)));
+  const engine = new Engine(definition, (host) => hostOf(host, configured));
   return {
     // Synchronous and never throwing: Pulumi caches the provider before it awaits this (facts: a second call would run unconfigured).
     configure({ config }) {
@@ -48,18 +49,30 @@ export function provider(kind: string): Calls {
   };
 }
 
+/** `.get` hands over what the program says without a check before it. */
+function hostOf(host: unknown, configured: string | undefined): Host {
+  const parsed = hostSchema.safeParse(host);
+  if (parsed.success) return connect(parsed.data, { config: connectionOf(configured) });
+  const reasons = parsed.error.issues.map((issue) => `${["host", ...issue.path].join(".")}: ${issue.message}`);
+  throw new Refused({ what: reasons.join("\n"), next: "Name the host as you would type it after `ssh`." });
+}
+
 /** `vmbackup:connection` of the stack's configuration: one JSON object shaped like a Connection, without `host`. */
-function connectionOf(text: string | undefined): Fields | undefined {
+function connectionOf(text: string | undefined): ConnectionDefaults | undefined {
   if (text === undefined) return undefined;
+  // The text may hold a key: it is never shown, only the names of its fields are.
+  const refused = (why: string) =>
+    new Refused({
+      what: `The stack's configuration vmbackup:connection ${why}.`,
+      next: `Set it as e.g. pulumi config set --secret vmbackup:connection '{"user":"root","privateKey":"..."}'.`,
+    });
   let value: unknown;
   try {
     value = JSON.parse(text);
   } catch {
-    value = undefined; // the text may hold a key: it is not shown
+    throw refused("is no JSON");
   }
-  if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Fields;
-  throw new Refused({
-    what: "The stack's configuration vmbackup:connection is not a JSON object.",
-    next: `Set it as e.g. pulumi config set --secret vmbackup:connection '{"user":"root","privateKey":"..."}'.`,
-  });
+  const parsed = connectionDefaultsSchema.safeParse(value);
+  if (parsed.success) return parsed.data;
+  throw refused(parsed.error.issues.map((issue) => `${issue.path.join(".") || "it"}: ${issue.message}`).join("; "));
 }

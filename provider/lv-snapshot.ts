@@ -6,7 +6,7 @@ import { createHash } from "node:crypto";
 import * as z from "zod";
 import type { Definition, Observed, Step } from "./engine.js";
 import { Conflict, Refused } from "./errors.js";
-import type { Host, Report } from "./host.js";
+import type { Argv, Host, Report } from "./host.js";
 import { hostSchema } from "./host.js";
 import type { Line } from "./host-ledger.js";
 import { lvmName, newLvName, notYet, sizeOrShare } from "./values.js";
@@ -272,9 +272,10 @@ function take(want: Want, have: Have, line: Line<Pins>): Step {
   const device = `/dev/${want.volumeGroup}/${bare(origin)}`;
   const name = ["--name", want.name, "--addtag", tagOf(line.owner)];
   const of = ["--", `${want.volumeGroup}/${bare(origin)}`];
-  const step = (lvcreate: string[]): Step => ({
+  const step = (lvcreate: Argv): Step => ({
     why: `take the snapshot ${what} of ${want.origin}`,
     argv: ["sh", "-c", FLUSH, "take", device, ...lvcreate],
+    shown: lvcreate,
     look: true,
     next: "Look at the volume group with `vgs` and `lvs`, then run `pulumi up` again.",
   });

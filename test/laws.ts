@@ -43,7 +43,7 @@ const DOWN = { host: "nobody.invalid", dialErrorLimit: 1, perDialTimeout: 2 };
 async function changing(work: () => Promise<unknown>): Promise<string[]> {
   const run: string[] = [];
   hooks.beforeStep = (_line, command) => {
-    if (command !== undefined) run.push(command.argv.join(" "));
+    run.push((command.shown ?? command.argv).join(" "));
   };
   try {
     await work();
@@ -97,21 +97,29 @@ export function laws(resource: Described): void {
       }
     });
 
-    it.each(resource.bad)("1 bad input is refused before a host is contacted, naming its property: %s", async (_name, over, property) => {
-      const { stack, inputs } = fresh();
-      const failure = await stack.check({ ...inputs, host: "nobody.invalid", ...over }).catch((error: unknown) => error);
-      expect(failure).toBeInstanceOf(CheckFailed);
-      expect((failure as CheckFailed).failures.map((f) => f.property)).toContain(property);
-    });
+    it.each(resource.bad)(
+      "1 bad input is refused before a host is contacted, naming its property: %s",
+      async (_name, over, property) => {
+        const { stack, inputs } = fresh();
+        const failure = await stack
+          .check({ ...inputs, host: "nobody.invalid", ...over })
+          .catch((error: unknown) => error);
+        expect(failure).toBeInstanceOf(CheckFailed);
+        expect((failure as CheckFailed).failures.map((f) => f.property)).toContain(property);
+      },
+    );
 
-    it.each(resource.badOnHost)("1 what only the host knows is refused before anything is changed: %s", async (_name, over, message) => {
-      const { stack, tag, inputs } = fresh();
-      const before = await resource.look(tag);
-      const run = await changing(() => expect(stack.up({ ...inputs, ...over })).rejects.toThrow(message));
-      expect(run).toEqual([]);
-      expect(await resource.look(tag)).toBe(before);
-      expect(stack.recorded).toBeUndefined();
-    });
+    it.each(resource.badOnHost)(
+      "1 what only the host knows is refused before anything is changed: %s",
+      async (_name, over, message) => {
+        const { stack, tag, inputs } = fresh();
+        const before = await resource.look(tag);
+        const run = await changing(() => expect(stack.up({ ...inputs, ...over })).rejects.toThrow(message));
+        expect(run).toEqual([]);
+        expect(await resource.look(tag)).toBe(before);
+        expect(stack.recorded).toBeUndefined();
+      },
+    );
 
     it("2 and 3 after create the plan is empty, and creating again changes nothing", async () => {
       const { stack, tag, inputs } = fresh();
@@ -126,15 +134,18 @@ export function laws(resource: Described): void {
       expect(await resource.look(tag)).toBe(there);
     });
 
-    it.each(resource.mutable)("4 a changed field is an update, and then the plan is empty: %s", async (_field, over, seen) => {
-      const { stack, tag, inputs } = fresh();
-      await stack.up(inputs);
-      expect(await stack.up({ ...inputs, ...over })).toBe("update");
-      expect(await resource.look(tag)).toMatch(seen);
-      expect(await stack.preview({ ...inputs, ...over })).toBe("same");
-      expect(await stack.refresh()).toBe("there");
-      expect(await stack.preview({ ...inputs, ...over })).toBe("same");
-    });
+    it.each(resource.mutable)(
+      "4 a changed field is an update, and then the plan is empty: %s",
+      async (_field, over, seen) => {
+        const { stack, tag, inputs } = fresh();
+        await stack.up(inputs);
+        expect(await stack.up({ ...inputs, ...over })).toBe("update");
+        expect(await resource.look(tag)).toMatch(seen);
+        expect(await stack.preview({ ...inputs, ...over })).toBe("same");
+        expect(await stack.refresh()).toBe("there");
+        expect(await stack.preview({ ...inputs, ...over })).toBe("same");
+      },
+    );
 
     it.each(resource.replacing)("4 a field that is fixed replaces: %s", async (_field, over) => {
       const { stack, tag, inputs } = fresh();
@@ -259,7 +270,9 @@ export function laws(resource: Described): void {
         expect((await stack.check(news))[field]).toBe(UNKNOWN);
         expect(await stack.preview(news)).toBe("update"); // never a reason to replace
       }
-      expect(await stack.check({ ...inputs, host: { host: "h", user: UNKNOWN } })).toMatchObject({ host: { user: UNKNOWN } });
+      expect(await stack.check({ ...inputs, host: { host: "h", user: UNKNOWN } })).toMatchObject({
+        host: { user: UNKNOWN },
+      });
       stack.recorded = recorded;
     });
 
@@ -310,7 +323,9 @@ export function laws(resource: Described): void {
       const other = another(tag, "two");
       await expect(other.up(inputs)).rejects.toThrow(Conflict);
       await other.up({ ...inputs, adopt: true }); // taken over on purpose
-      await expect(stack.up({ ...inputs, ...(resource.mutable[0]?.[1] ?? { adopt: true }) })).rejects.toThrow(/organization\/laws\/two/);
+      await expect(stack.up({ ...inputs, ...(resource.mutable[0]?.[1] ?? { adopt: true }) })).rejects.toThrow(
+        /organization\/laws\/two/,
+      );
       await stack.destroy();
       expect(await resource.look(tag)).toBeDefined();
       expect(await other.preview(inputs)).toBe("same");

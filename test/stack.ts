@@ -19,7 +19,8 @@ interface Recorded {
   unfinished: boolean;
 }
 
-const declared = (inputs: Fields) => Object.fromEntries(Object.entries(inputs).filter(([key]) => !key.startsWith("__")));
+const declared = (inputs: Fields) =>
+  Object.fromEntries(Object.entries(inputs).filter(([key]) => !key.startsWith("__")));
 
 /** One resource in one stack. */
 export class Stack {
@@ -36,7 +37,10 @@ export class Stack {
   }
 
   async check(inputs: Fields): Promise<Fields> {
-    const checked = await this.calls.check(this.recorded?.inputs ?? {}, { ...structuredClone(inputs), ...this.#hidden });
+    const checked = await this.calls.check(this.recorded?.inputs ?? {}, {
+      ...structuredClone(inputs),
+      ...this.#hidden,
+    });
     if (checked.failures.length > 0) throw new CheckFailed(checked.failures);
     return checked.inputs;
   }

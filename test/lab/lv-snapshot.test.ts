@@ -22,11 +22,26 @@ function useOnce(work: () => Promise<void>): () => Promise<void> {
 /** What LVM says of a volume, without what moves by itself. */
 async function lvs(name: string, columns = "lv_name,origin,lv_size,lv_tags,lv_uuid"): Promise<string | undefined> {
   await setUp();
-  const { stdout } = await store.ssh(["lvs", "--noheadings", "--units", "b", "-o", columns, "-S", `vg_name=${vg} && lv_name=${name}`]);
+  const { stdout } = await store.ssh([
+    "lvs",
+    "--noheadings",
+    "--units",
+    "b",
+    "-o",
+    columns,
+    "-S",
+    `vg_name=${vg} && lv_name=${name}`,
+  ]);
   return stdout.trim() === "" ? undefined : stdout.trim().replace(/\s+/g, " ");
 }
 
-const inputs = (over: Fields): Fields => ({ host: store.connection, volumeGroup: vg, origin: "root", size: "8M", ...over });
+const inputs = (over: Fields): Fields => ({
+  host: store.connection,
+  volumeGroup: vg,
+  origin: "root",
+  size: "8M",
+  ...over,
+});
 
 laws({
   kind: "LvSnapshot",
@@ -50,8 +65,8 @@ laws({
     ["a password", { host: { host: "h", password: "x" } }, "host.password"],
   ],
   badOnHost: [
-    ["an unknown volume group, with those there are", { volumeGroup: "nosuchvg" }, /no volume group nosuchvg[^]*snaps/],
-    ["an unknown origin, with those there are", { origin: "nosuchlv" }, /no logical volume nosuchlv[^]*root/],
+    ["an unknown volume group, with those there are", { volumeGroup: "nosuchvg" }, /no volume group nosuchvg.*snaps/s],
+    ["an unknown origin, with those there are", { origin: "nosuchlv" }, /no logical volume nosuchlv.*root/s],
     ["more than the group has", { size: "60%ORIGIN", origin: "big" }, /no logical volume big/],
     ["a thin origin with a size", { origin: "thin" }, /size: snaps\/thin is a thin volume/],
     ["an ordinary origin without a size", { size: undefined }, /size: snaps\/root is no thin volume/],
@@ -106,10 +121,13 @@ describe("LvSnapshot on real LVM", () => {
     await setUp();
     await store.ssh(`mkfs.ext4 -q -F /dev/${vg}/other && mkdir -p "/mnt/a b" && mount /dev/${vg}/other "/mnt/a b"`);
     try {
-      await store.ssh(`dd if=/dev/urandom of="/mnt/a b/file" bs=1M count=8 status=none; sha256sum < "/mnt/a b/file" > /root/sum`);
+      await store.ssh(
+        `dd if=/dev/urandom of="/mnt/a b/file" bs=1M count=8 status=none; sha256sum < "/mnt/a b/file" > /root/sum`,
+      );
       const stack = stackFor("mounted");
       await stack.up(inputs({ name: "mounted", origin: "other" }));
-      expect((stack.recorded?.outputs.status as { usedPercent: number }).usedPercent).toBeLessThan(30);
+      const status = stack.recorded?.outputs.status as { usedPercent: number };
+      expect(status.usedPercent).toBeLessThan(30);
       const { stdout } = await store.ssh(
         `mkdir -p /mnt/look && mount -o ro,noload /dev/${vg}/mounted /mnt/look && sha256sum < /mnt/look/file | diff - /root/sum && echo same; umount /mnt/look`,
       );
@@ -156,7 +174,9 @@ describe("LvSnapshot on real LVM", () => {
     await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-l", "90%FREE", "-n", "hog", vg]);
     try {
-      await expect(stackFor("toobig").up(inputs({ name: "toobig", size: "64M" }))).rejects.toThrow(/needs 67108864 bytes, and the volume group has \d+ free/);
+      await expect(stackFor("toobig").up(inputs({ name: "toobig", size: "64M" }))).rejects.toThrow(
+        /needs 67108864 bytes, and the volume group has \d+ free/,
+      );
       expect(await lvs("toobig")).toBeUndefined();
       const { stdout } = await store.ssh("ls /var/lib/pulumi-vmbackup/LvSnapshot 2>/dev/null | grep toobig || true");
       expect(stdout).toBe("");
@@ -168,7 +188,9 @@ describe("LvSnapshot on real LVM", () => {
   it("refuses a snapshot of a snapshot", async () => {
     await setUp();
     await stackFor("first").up(inputs({ name: "first" }));
-    await expect(stackFor("second").up(inputs({ name: "second", origin: "first" }))).rejects.toThrow(/itself a snapshot \(of root\)/);
+    await expect(stackFor("second").up(inputs({ name: "second", origin: "first" }))).rejects.toThrow(
+      /itself a snapshot \(of root\)/,
+    );
     expect(await lvs("second")).toBeUndefined();
   });
 
@@ -177,11 +199,11 @@ describe("LvSnapshot on real LVM", () => {
     const stack = stackFor("small");
     const small = inputs({ name: "small", size: "4M" });
     await stack.up(small);
-    const { uuid } = stack.recorded?.outputs as { uuid: string };
+    const uuid = stack.recorded?.outputs.uuid;
     await store.ssh(`dd if=/dev/urandom of=/dev/${vg}/root bs=1M count=12 conv=fsync status=none`);
     expect(await stack.refresh()).toBe("there");
     expect(stack.recorded?.outputs.status).toMatchObject({ valid: false });
-    await expect(stack.up(small)).rejects.toThrow(/the state of \S+ is lost: it overflowed[^]*--replace/);
+    await expect(stack.up(small)).rejects.toThrow(/the state of \S+ is lost: it overflowed.*--replace/s);
     expect(await lvs("small", "lv_uuid")).toBe(uuid);
     await stack.up(small, { replace: true });
     expect(stack.recorded?.outputs.uuid).not.toBe(uuid);
@@ -226,7 +248,9 @@ describe("LvSnapshot on real LVM", () => {
     await setUp();
     const full = inputs({ name: "tfull", origin: "thin", size: undefined });
     await store.ssh(`dd if=/dev/urandom of=/dev/${vg}/thin bs=1M count=30 conv=fsync status=none`);
-    await expect(stackFor("tfull").up({ ...full, minFreePoolPercent: 90 })).rejects.toThrow(/minFreePoolPercent: the thin pool snaps\/pool is [\d.]+ % full/);
+    await expect(stackFor("tfull").up({ ...full, minFreePoolPercent: 90 })).rejects.toThrow(
+      /minFreePoolPercent: the thin pool snaps\/pool is [\d.]+ % full/,
+    );
     expect(await lvs("tfull")).toBeUndefined();
     await stackFor("tfull").up({ ...full, minFreePoolPercent: 20 });
     expect(await lvs("tfull")).toBeDefined();
@@ -236,8 +260,10 @@ describe("LvSnapshot on real LVM", () => {
     await setUp();
     const stack = stackFor("busy");
     await stack.up(inputs({ name: "busy", origin: "other" }));
-    await store.ssh(`mkdir -p /mnt/busy && mount -o ro,noload /dev/${vg}/busy /mnt/busy || { mkfs.ext4 -q -F /dev/${vg}/busy; mount /dev/${vg}/busy /mnt/busy; }`);
-    await expect(stack.destroy()).rejects.toThrow(/filesystem in use[^]*unmount/);
+    await store.ssh(
+      `mkdir -p /mnt/busy && mount -o ro,noload /dev/${vg}/busy /mnt/busy || { mkfs.ext4 -q -F /dev/${vg}/busy; mount /dev/${vg}/busy /mnt/busy; }`,
+    );
+    await expect(stack.destroy()).rejects.toThrow(/filesystem in use.*unmount/s);
     expect(await lvs("busy")).toBeDefined();
     await store.ssh("umount /mnt/busy");
   });
@@ -253,7 +279,9 @@ describe("LvSnapshot on real LVM", () => {
     const second = stackFor("byhand", "two");
     await second.up(inputs({ name: "byhand", adopt: true }));
     expect(await lvs("byhand", "lv_tags")).toBe("keepme,pulumi-vmbackup=organization/laws/two/LvSnapshot/byhand");
-    await expect(stackFor("wrong").up(inputs({ name: "byhand", origin: "other", adopt: true }))).rejects.toThrow(/a snapshot of root, not of other/);
+    await expect(stackFor("wrong").up(inputs({ name: "byhand", origin: "other", adopt: true }))).rejects.toThrow(
+      /a snapshot of root, not of other/,
+    );
   });
 
   it("reads with .get what is not ours, and throws for what is absent", async () => {
@@ -262,7 +290,9 @@ describe("LvSnapshot on real LVM", () => {
     const stack = stackFor("seen");
     const read = await stack.calls.read(`${vg}/seen`, { host: store.connection, __provider: "x" });
     expect(read.props).toMatchObject({ volumeGroup: vg, origin: "root", name: "seen", status: { valid: true } });
-    await expect(stack.calls.read(`${vg}/nosuch`, { host: store.connection, __provider: "x" })).rejects.toThrow(/does not exist/);
+    await expect(stack.calls.read(`${vg}/nosuch`, { host: store.connection, __provider: "x" })).rejects.toThrow(
+      /does not exist/,
+    );
     await store.ssh(["lvremove", "-qq", "-y", `${vg}/seen`]);
   });
 
@@ -278,7 +308,9 @@ describe("LvSnapshot on real LVM", () => {
     for (const field of ["volumeGroup", "origin", "name", "size", "host"]) {
       const stack = stackFor("hostile");
       await expect(stack.up(inputs({ name: "hostile", [field]: hostile }))).rejects.toThrow();
-      await expect(stack.up(inputs({ name: "hostile", host: { ...store.connection, user: hostile } }))).rejects.toThrow();
+      await expect(
+        stack.up(inputs({ name: "hostile", host: { ...store.connection, user: hostile } })),
+      ).rejects.toThrow();
     }
     const { exitCode } = await store.ssh("test -e /tmp/hit || test -e /tmp/hit*", { reject: false });
     expect(exitCode).not.toBe(0);

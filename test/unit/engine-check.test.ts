@@ -3,13 +3,24 @@ import { check, diff } from "../../provider/engine-check.js";
 import { lvSnapshot } from "../../provider/lv-snapshot.js";
 
 const UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9";
-const good = { host: "kvm1", volumeGroup: "vg0", origin: "root", name: "snap", size: "1G", __owner: "o/p/s/k/n", __provider: "x" };
+const good = {
+  host: "kvm1",
+  volumeGroup: "vg0",
+  origin: "root",
+  name: "snap",
+  size: "1G",
+  __owner: "o/p/s/k/n",
+  __provider: "x",
+};
 
 const refused = (over: object) => check(lvSnapshot, { ...good, ...over }).failures;
 
 describe("check", () => {
   it("returns what was declared, in normal form, without defaults", () => {
-    expect(check(lvSnapshot, good)).toEqual({ inputs: { ...good, size: 1 << 30 }, failures: [] });
+    expect(check(lvSnapshot, good)).toEqual({
+      inputs: { ...good, host: { host: "kvm1" }, size: 1 << 30 },
+      failures: [],
+    });
     expect(check(lvSnapshot, { ...good, size: "20%ORIGIN" }).inputs.size).toBe("20%ORIGIN");
     expect(check(lvSnapshot, { ...good, size: "512m" }).inputs.size).toBe(512 << 20);
   });
@@ -58,11 +69,14 @@ describe("check", () => {
     expect(refused({ origin: undefined })[0]?.reason).toBe("is required");
   });
 
-  it.each(Object.keys(good).filter((key) => !key.startsWith("__")))("passes an unknown %s through, and still checks the others", (field) => {
-    expect(check(lvSnapshot, { ...good, [field]: UNKNOWN }).failures).toEqual([]);
-    const other = field === "size" ? { name: "-x" } : { size: 0 };
-    expect(check(lvSnapshot, { ...good, [field]: UNKNOWN, ...other }).failures).toHaveLength(1);
-  });
+  it.each(Object.keys(good).filter((key) => !key.startsWith("__")))(
+    "passes an unknown %s through, and still checks the others",
+    (field) => {
+      expect(check(lvSnapshot, { ...good, [field]: UNKNOWN }).failures).toEqual([]);
+      const other = field === "size" ? { name: "-x" } : { size: 0 };
+      expect(check(lvSnapshot, { ...good, [field]: UNKNOWN, ...other }).failures).toHaveLength(1);
+    },
+  );
 
   it("passes an unknown at any depth through", () => {
     const host = { host: "h", proxy: { host: UNKNOWN } };
@@ -72,17 +86,27 @@ describe("check", () => {
 
 describe("diff", () => {
   const state = { ...check(lvSnapshot, good).inputs, uuid: "u", __v: 1 };
-  const after = (over: object) => diff(lvSnapshot, state, check(lvSnapshot, { ...good, ...over }).inputs);
+  const changed = (over: object) => diff(lvSnapshot, state, check(lvSnapshot, { ...good, ...over }).inputs);
 
-  it("says no change for the same program", () => expect(after({})).toEqual({ changes: false, replaces: [] }));
-  it("says no change for the same size in another spelling", () => expect(after({ size: 1 << 30 })).toEqual({ changes: false, replaces: [] }));
-  it("leaves a changed input to the engine's own comparison", () => expect(after({ size: "2G" })).toEqual({ changes: undefined, replaces: [] }));
-  it.each(["volumeGroup", "origin", "name"])("replaces for another %s", (field) => expect(after({ [field]: "other" }).replaces).toEqual([field]));
-  it("never replaces for an unknown", () => expect(after({ name: UNKNOWN })).toEqual({ changes: undefined, replaces: [] }));
-  it("never replaces for a host", () => expect(after({ host: "other" })).toEqual({ changes: undefined, replaces: [] }));
-  it("does not count adopt", () => expect(after({ adopt: true })).toEqual({ changes: false, replaces: [] }));
-  it("calls for work when the owner changed", () => expect(after({ __owner: "another" })).toEqual({ changes: true, replaces: [] }));
+  it("says no change for the same program", () => expect(changed({})).toEqual({ changes: false, replaces: [] }));
+  it("says no change for the same size in another spelling", () =>
+    expect(changed({ size: 1 << 30 })).toEqual({ changes: false, replaces: [] }));
+  it("leaves a changed input to the engine's own comparison", () =>
+    expect(changed({ size: "2G" })).toEqual({ changes: undefined, replaces: [] }));
+  it.each(["volumeGroup", "origin", "name"])("replaces for another %s", (field) =>
+    expect(changed({ [field]: "other" }).replaces).toEqual([field]),
+  );
+  it("never replaces for an unknown", () =>
+    expect(changed({ name: UNKNOWN })).toEqual({ changes: undefined, replaces: [] }));
+  it("never replaces for a host", () =>
+    expect(changed({ host: "other" })).toEqual({ changes: undefined, replaces: [] }));
+  it("does not count adopt", () => expect(changed({ adopt: true })).toEqual({ changes: false, replaces: [] }));
+  it("calls for work when the owner changed", () =>
+    expect(changed({ __owner: "another" })).toEqual({ changes: true, replaces: [] }));
   it("calls for work when the point in time is lost", () => {
-    expect(diff(lvSnapshot, { ...state, status: { valid: false } }, check(lvSnapshot, good).inputs)).toEqual({ changes: true, replaces: [] });
+    expect(diff(lvSnapshot, { ...state, status: { valid: false } }, check(lvSnapshot, good).inputs)).toEqual({
+      changes: true,
+      replaces: [],
+    });
   });
 });
