@@ -2,8 +2,8 @@
 import { randomUUID } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as z from "zod";
-import { CommandFailed, HostUnreachable, UnreadableReport } from "./errors.js";
-import { type Connection, type ConnectionDefaults, completed, hostLabel, hostSchema } from "./host-connection.js";
+import { CommandFailed, HostUnreachable, Refused, UnreadableReport } from "./errors.js";
+import { type Connection, completed, connectionDefaultsSchema, hostLabel, hostSchema } from "./host-connection.js";
 import { memory } from "./host-ledger.js";
 import { type Ended, endAll, finished } from "./host-process.js";
 import { quote, shown } from "./host-quote.js";
@@ -270,19 +270,27 @@ async function machineOf(connection: Connection, cwd: string): Promise<Machine> 
   return machine;
 }
 
-/** The host that the program names. Nothing is opened yet. */
-export function connect(
-  host: string | Connection,
-  { config, cwd = process.cwd() }: { config?: ConnectionDefaults | undefined; cwd?: string | undefined } = {},
-): Host {
-  const declared = hostSchema.parse(host);
-  const connection = completed(declared, config);
-  const key = JSON.stringify([hostLabel(declared), cwd, Object.entries(connection).sort()]);
-  const known = handles.get(key);
-  if (known !== undefined) return known;
-  const made = handle(hostLabel(declared), connection, cwd);
+/**
+ * The host that the program names, completed from stack config `vmbackup:connection`. Nothing is opened yet. Relative
+ * paths start at `cwd`, the folder of the project.
+ */
+export function connect(host: unknown, config?: unknown, cwd = process.cwd()): Host {
+  const declared = valid("host", hostSchema, host);
+  const defaults = config === undefined ? {} : valid("vmbackup:connection", connectionDefaultsSchema, config);
+  const connection = completed(declared, defaults);
+  const name = hostLabel(declared);
+  const key = JSON.stringify([name, cwd, Object.entries(connection).sort()]);
+  const made = handles.get(key) ?? handle(name, connection, cwd);
   handles.set(key, made);
   return made;
+}
+
+// zod's issues name the property and what it must be, never the value: it may be a key.
+function valid<T>(property: string, schema: z.ZodType<T>, value: unknown): T {
+  const checked = schema.safeParse(value);
+  if (checked.success) return checked.data;
+  const issues = checked.error.issues.map(({ path, message }) => `${[property, ...path].join(".")} ${message}`);
+  throw new Refused({ what: `${issues.join("; ")}.`, next: `Correct \`${property}\`.` });
 }
 
 function handle(name: string, connection: Connection, cwd: string): Host {
