@@ -116,6 +116,11 @@ export async function memory(host: Host, places: Places = PLACES): Promise<Memor
   } catch (cause) {
     // Between the list and the reading a file can go, by another run's delete: then it is not in the next list.
     if (cause instanceof Unread) return await host.ask(report);
+    // mawk ends at a file that opens and does not read (a folder, a bad sector); the last name it wrote is that one's.
+    const [file] =
+      cause instanceof CommandFailed ? (cause.stdout.split("\u001e").slice(1).at(-1)?.split("\n") ?? []) : [];
+    if (cause instanceof CommandFailed && file !== undefined)
+      throw new UnreadableReport(damaged(host.name, file, cause.stderr.trim()), cause);
     throw cause;
   }
 }

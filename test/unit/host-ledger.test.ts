@@ -31,19 +31,33 @@ const line = (over: Partial<Line> = {}): Line => ({
 });
 const file = (identity = "vg0/dump") => join(places.ledger, "LvSnapshot", `${encoded(identity)}.json`);
 const sh = (script: string, ...args: string[]) => ["sh", "-c", script, "sh", ...args] as const;
-const touch = { why: "make it", get argv() { return sh('echo made >>"$1/made"', folder); } };
-const made = () => (existsSync(join(folder, "made")) ? readFileSync(join(folder, "made"), "utf8").split("\n").length - 1 : 0);
+const touch = {
+  why: "make it",
+  get argv() {
+    return sh('echo made >>"$1/made"', folder);
+  },
+};
+const made = () =>
+  existsSync(join(folder, "made")) ? readFileSync(join(folder, "made"), "utf8").split("\n").length - 1 : 0;
 const recall = async () => (await memory(local, places)).lines;
 
 describe("the ledger", () => {
   it("remembers nothing before the first write, and says which machine it is", async () => {
     const found = await memory(local, places);
-    expect(found).toEqual({ machineId: readFileSync("/etc/machine-id", "utf8").trim(), bootId: expect.any(String), lines: [] });
+    expect(found).toEqual({
+      machineId: readFileSync("/etc/machine-id", "utf8").trim(),
+      bootId: expect.any(String),
+      lines: [],
+    });
   });
 
   it("keeps a line as it was given, private, in a file named after the object", async () => {
     const pins = { text: `it's "quoted"\n$HOME \u2028 é`, n: 1 };
-    const wanted = line({ pins, before: { disable: true }, job: { unit: "u", argvHash: "h", bootId: "b", startedAt: "t" } });
+    const wanted = line({
+      pins,
+      before: { disable: true },
+      job: { unit: "u", argvHash: "h", bootId: "b", startedAt: "t" },
+    });
     await fenced(local, wanted, "", undefined, places);
     expect(await recall()).toEqual([wanted]);
     expect(readdirSync(join(places.ledger, "LvSnapshot"))).toEqual(["vg0%2Fdump.json"]);
@@ -62,13 +76,16 @@ describe("the ledger", () => {
     expect(readdirSync(places.ledger).sort()).toEqual(["LvSnapshot", "uuid"]);
   });
 
-  it.each(["-n", ".hidden", "..", "*", "a b", "é", "it's", "x".repeat(240), "a%2Fb", "nl\nnl", "$(id)", "~"])("%j is a name like any other", async (identity) => {
-    await fenced(local, line({ identity }), "", touch, places);
-    expect(await recall()).toMatchObject([{ identity }]);
-    expect(encoded(identity)).toMatch(/^[A-Za-z0-9_%~-][A-Za-z0-9._%~-]*$/);
-    await forget(local, line({ identity }), places);
-    expect(await recall()).toEqual([]);
-  });
+  it.each(["-n", ".hidden", "..", "*", "a b", "é", "it's", "x".repeat(240), "a%2Fb", "nl\nnl", "$(id)", "~"])(
+    "%j is a name like any other",
+    async (identity) => {
+      await fenced(local, line({ identity }), "", touch, places);
+      expect(await recall()).toMatchObject([{ identity }]);
+      expect(encoded(identity)).toMatch(/^[A-Za-z0-9_%~-][A-Za-z0-9._%~-]*$/);
+      await forget(local, line({ identity }), places);
+      expect(await recall()).toEqual([]);
+    },
+  );
 
   it.each([
     ["empty", ""],
@@ -102,7 +119,13 @@ describe("a fenced step", () => {
   });
 
   it("leaves the line when the command fails, and the failure is the tool's own", async () => {
-    const error = await fenced(local, line(), "", { why: "take it", argv: sh("echo no >&2; exit 75"), next: "Do." }, places).catch((e) => e);
+    const error = await fenced(
+      local,
+      line(),
+      "",
+      { why: "take it", argv: sh("echo no >&2; exit 75"), next: "Do." },
+      places,
+    ).catch((e) => e);
     expect(error.name).toBe("CommandFailed");
     expect(error.exit).toBe(75);
     expect(error.message).toBe("Unable to take it: sh exited 75 on local.\n$ sh -c 'echo no >&2; exit 75' sh\nno\nDo.");
@@ -135,7 +158,9 @@ describe("a fenced step", () => {
   });
 
   it("two at once: one wins, the other is told", async () => {
-    const results = await Promise.allSettled(["aaaa", "bbbb"].map((incarnation) => fenced(local, line({ incarnation }), "", touch, places)));
+    const results = await Promise.allSettled(
+      ["aaaa", "bbbb"].map((incarnation) => fenced(local, line({ incarnation }), "", touch, places)),
+    );
     expect(results.map((r) => r.status).sort()).toEqual(["fulfilled", "rejected"]);
     expect(made()).toBe(1);
   });
@@ -143,7 +168,9 @@ describe("a fenced step", () => {
   it("who does not get the lock is told who holds it, since when, and what to do", async () => {
     const slow = fenced(local, line(), "", { why: "take the snapshot", argv: ["sleep", "3"] }, places);
     await sleep(700);
-    const error = await fenced(local, line(), "aaaa", { ...touch, argv: touch.argv, timeout: 1 }, places).catch((e) => e);
+    const error = await fenced(local, line(), "aaaa", { ...touch, argv: touch.argv, timeout: 1 }, places).catch(
+      (e) => e,
+    );
     expect(error.name).toBe("Conflict");
     expect(error.message).toMatch(
       /organization\/p\/dev\/LvSnapshot\/dump \(to take the snapshot\) is at work on LvSnapshot vg0\/dump on local since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ/,
@@ -181,7 +208,13 @@ describe("a fenced step", () => {
     hooks.argv = (_, argv) => {
       words = argv;
     };
-    await fenced(local, line(), "", { why: "make it", argv: sh('sleep 2; echo x; echo made >>"$1/made"', folder) }, places);
+    await fenced(
+      local,
+      line(),
+      "",
+      { why: "make it", argv: sh('sleep 2; echo x; echo made >>"$1/made"', folder) },
+      places,
+    );
     delete hooks.argv;
     expect(made()).toBe(1);
     const [program = "", ...args] = words.map((word) => (word === "" ? "aaaa" : word));
@@ -189,7 +222,9 @@ describe("a fenced step", () => {
     await sleep(500);
     for (const pipe of [orphan.stdout, orphan.stderr]) pipe?.destroy();
     if (orphan.pid !== undefined) process.kill(-orphan.pid, "SIGHUP");
-    const early = await fenced(local, line(), "aaaa", { ...touch, argv: touch.argv, timeout: 1 }, places).catch((e) => e);
+    const early = await fenced(local, line(), "aaaa", { ...touch, argv: touch.argv, timeout: 1 }, places).catch(
+      (e) => e,
+    );
     expect(early.name).toBe("Conflict");
     await fenced(local, line(), "aaaa", { ...touch, argv: touch.argv, timeout: 10 }, places);
     expect(made()).toBe(3);

@@ -1,4 +1,7 @@
 import { execFileSync } from "node:child_process";
+import { mkdtempSync, readFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import * as z from "zod";
 import { connect, connectionSchema, hooks, hostLabel, hostSchema, quote } from "../../provider/host.js";
@@ -8,8 +11,40 @@ afterEach(() => {
 });
 
 const NASTY = [
-  "", " ", "a b", "\n", "two\nlines", "'", "''", '"', "\\", "$HOME", "$(id)", "`id`", "-n", "--", "*", "?", "[a]", "~", "#x", "a=b", "=",
-  "!!", ";", "&", "|", "<", ">", "(", "{a,b}", "é ü 漢", "\t", "%s", "\\n", "a'b\"c",
+  "",
+  " ",
+  "a b",
+  "\n",
+  "two\nlines",
+  "'",
+  "''",
+  '"',
+  "\\",
+  "$HOME",
+  "$(id)",
+  "`id`",
+  "-n",
+  "--",
+  "*",
+  "?",
+  "[a]",
+  "~",
+  "#x",
+  "a=b",
+  "=",
+  "!!",
+  ";",
+  "&",
+  "|",
+  "<",
+  ">",
+  "(",
+  "{a,b}",
+  "é ü 漢",
+  "\t",
+  "%s",
+  "\\n",
+  "a'b\"c",
 ]; // every word that a shell could make something else of
 
 describe("quote", () => {
@@ -22,7 +57,6 @@ describe("quote", () => {
     expect(out.split("\0").slice(0, -1)).toEqual(NASTY);
   });
   it("takes a first word with = for a command, not for an assignment", () => {
-    expect(quote(["A=b", "c"])).toBe("'A=b' c".replace("'A=b'", quote(["A=b"])));
     expect(() => execFileSync("sh", ["-c", quote(["A=b"])], { stdio: "pipe" })).toThrow(/not found/);
   });
   it("leaves plain words as one types them", () => {
@@ -48,7 +82,10 @@ describe("a host", () => {
     ["local", { host: "local" }],
     ["hôte", { host: "hôte" }],
     [{ host: "n4" }, { host: "n4" }],
-    [{ host: "n4", user: "root", port: 22, sudo: true }, { host: "n4", user: "root", port: 22, sudo: true }],
+    [
+      { host: "n4", user: "root", port: 22, sudo: true },
+      { host: "n4", user: "root", port: 22, sudo: true },
+    ],
   ])("%j is taken, and nothing is filled in", (given, normal) => {
     expect(hostSchema.parse(given)).toEqual(normal);
     expect(hostSchema.parse(hostLabel(hostSchema.parse(given)))).toMatchObject({ host: normal.host });
@@ -90,7 +127,11 @@ describe("a host", () => {
   });
 
   it.each([
-    [{ host: "n4", password: "hunter2" }, ["password"], /password logins are not supported: .* use `?privateKey`? or the agent/i],
+    [
+      { host: "n4", password: "hunter2" },
+      ["password"],
+      /password logins are not supported: .* use `?privateKey`? or the agent/i,
+    ],
     [{ host: "n4", proxy: { host: "b", password: "hunter2" } }, ["proxy", "password"], /not supported/],
     [{ host: "n4", proxy: { host: "b", sudo: true } }, ["proxy"], /sudo/],
     [{ host: "n4", proxy: { host: "b", configFile: "x" } }, ["proxy"], /configFile/],
@@ -113,7 +154,17 @@ describe("a host", () => {
   });
 
   it("takes every field of @pulumi/command's connection but the password", () => {
-    const remote = { host: "h", user: "u", port: 22, privateKey: KEY, privateKeyPassword: "p", agentSocketPath: "/run/a", hostKey: HOST_KEY, dialErrorLimit: -1, perDialTimeout: 0 };
+    const remote = {
+      host: "h",
+      user: "u",
+      port: 22,
+      privateKey: KEY,
+      privateKeyPassword: "p",
+      agentSocketPath: "/run/a",
+      hostKey: HOST_KEY,
+      dialErrorLimit: -1,
+      perDialTimeout: 0,
+    };
     expect(connectionSchema.parse({ ...remote, proxy: remote })).toEqual({ ...remote, proxy: remote });
   });
 
@@ -125,7 +176,9 @@ describe("a host", () => {
 
   it("names the stack's configuration when that is wrong, without its values", () => {
     expect(() => connect("n4", { port: "hunter2" })).toThrow(/vmbackup:connection\.port must be a port number/);
-    expect(() => connect("n4", { password: "hunter2" })).toThrow(/vmbackup:connection\.password password logins are not supported/);
+    expect(() => connect("n4", { password: "hunter2" })).toThrow(
+      /vmbackup:connection\.password password logins are not supported/,
+    );
     expect(() => connect("n4", { password: "hunter2" })).not.toThrow(/hunter2/);
   });
 });
@@ -151,13 +204,20 @@ describe("run", () => {
   });
 
   it.each([1, 5, 75, 126, 254, 255])("exit %d of the tool is the tool's failure", async (exit) => {
-    const error = await local.run({ why: "take the snapshot vg0/dump", argv: sh(`echo out; echo no room >&2; exit ${exit}`) }).catch((e) => e);
+    const error = await local
+      .run({ why: "take the snapshot vg0/dump", argv: sh(`echo out; echo no room >&2; exit ${exit}`) })
+      .catch((e) => e);
     expect(error.name).toBe("CommandFailed");
     expect(error).toMatchObject({ exit, stderr: "no room\n", stdout: "out\n" });
   });
 
   it("says what was wanted, the command as typed, stderr and what to do next", async () => {
-    const failing = { why: "take the snapshot vg0/dump", argv: sh("printf '\\033[31mno room\\n' >&2; exit 5", "a b"), next: "Free space in vg0.", stdin: "hunter2" };
+    const failing = {
+      why: "take the snapshot vg0/dump",
+      argv: sh("printf '\\033[31mno room\\n' >&2; exit 5", "a b"),
+      next: "Free space in vg0.",
+      stdin: "hunter2",
+    };
     const error = await local.run(failing).catch((e) => e);
     expect(error.message.split("\n")).toEqual([
       "Unable to take the snapshot vg0/dump: sh exited 5 on local.",
@@ -176,7 +236,11 @@ describe("run", () => {
   });
 
   it("does not wait longer than its timeout, also for what ignores signals or leaves children", async () => {
-    for (const script of ["trap '' TERM INT HUP; sleep 30", "sleep 30 & sleep 30", "(trap '' HUP; exec sleep 30) & wait"]) {
+    for (const script of [
+      "trap '' TERM INT HUP; sleep 30",
+      "sleep 30 & sleep 30",
+      "(trap '' HUP; exec sleep 30) & wait",
+    ]) {
       const start = Date.now();
       const error = await local.run({ why: "wait", argv: sh(script), timeout: 0.3 }).catch((e) => e);
       expect(error.name).toBe("HostUnreachable");
@@ -192,15 +256,16 @@ describe("run", () => {
   });
 
   it("runs at most eight at a time", async () => {
+    const log = join(mkdtempSync(join(tmpdir(), "eight-")), "log");
+    const one = { why: "x", argv: sh('echo + >>"$1"; sleep 0.1; echo - >>"$1"', log) };
+    await Promise.all(Array.from({ length: 30 }, () => local.run(one)));
     let now = 0;
-    let most = 0;
-    hooks.argv = () => {
-      most = Math.max(most, ++now);
-    };
-    await Promise.all(
-      Array.from({ length: 30 }, (_, i) => local.run({ why: "x", argv: ["true", String(i)] }).then(() => now--)),
-    );
-    expect(most).toBe(8);
+    const running = readFileSync(log, "utf8")
+      .trim()
+      .split("\n")
+      .map((sign) => (now += sign === "+" ? 1 : -1));
+    expect(running).toHaveLength(60);
+    expect(Math.max(...running)).toBe(8);
   });
 });
 
@@ -217,7 +282,9 @@ describe("ask", () => {
   it("asks once for a burst", async () => {
     const script = 'echo "{\\"n\\": 1}" # burst';
     const times = counted(script);
-    const all = await Promise.all(Array.from({ length: 200 }, () => local.ask({ why: "ask", argv: sh(script), answer })));
+    const all = await Promise.all(
+      Array.from({ length: 200 }, () => local.ask({ why: "ask", argv: sh(script), answer })),
+    );
     expect(all).toHaveLength(200);
     expect(times()).toBe(1);
   });
