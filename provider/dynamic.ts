@@ -52,7 +52,7 @@ export function provider(kind: string): Calls {
 /** `.get` hands over what the program says without a check before it. */
 function hostOf(host: unknown, configured: string | undefined): Host {
   const parsed = hostSchema.safeParse(host);
-  if (parsed.success) return connect(parsed.data, { config: connectionOf(configured) });
+  if (parsed.success) return connect(parsed.data, connectionOf(configured));
   const reasons = parsed.error.issues.map((issue) => `${["host", ...issue.path].join(".")}: ${issue.message}`);
   throw new Refused({ what: reasons.join("\n"), next: "Name the host as you would type it after `ssh`." });
 }
