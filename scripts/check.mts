@@ -1,28 +1,36 @@
 // npm run check: types, lint and format, and the package as its users get it.
+import { mkdtemp, readdir, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { execa } from "execa";
 import { root } from "./cache.mts";
 
-const steps: { what: string; argv: [string, ...string[]] }[] = [
-  { what: "types", argv: ["tsc", "--noEmit"] },
-  { what: "lint and format", argv: ["biome", "check", "--error-on-warnings", "."] },
-  { what: "build", argv: ["tsc", "-p", "tsconfig.build.json"] },
-  { what: "package", argv: ["publint", "--strict"] },
-  // The package is CommonJS, also for ESM programs, and Node below 16 reads no `exports`.
-  { what: "package's types", argv: ["attw", "--pack", ".", "--profile", "node16", "--format", "ascii"] },
-];
-
 const failed: string[] = [];
-for (const { what, argv } of steps) {
+
+async function step(what: string, command: string, ...argv: string[]): Promise<void> {
   const started = Date.now();
-  const [command, ...rest] = argv;
-  const run = await execa(command, rest, { cwd: root, preferLocal: true, localDir: root, all: true, reject: false });
-  console.log(
-    `${run.failed ? "FAILED" : "ok    "} ${what} (${argv.join(" ")}), ${((Date.now() - started) / 1000).toFixed(1)} s`,
-  );
-  if (!run.failed) continue;
+  const run = await execa(command, argv, { cwd: root, preferLocal: true, localDir: root, all: true, reject: false });
+  const seconds = ((Date.now() - started) / 1000).toFixed(1);
+  console.log(`${run.failed ? "FAILED" : "ok    "} ${what} (${[command, ...argv].join(" ")}), ${seconds} s`);
+  if (!run.failed) return;
   failed.push(what);
   console.log(run.all);
 }
+
+await step("types", "tsc", "--noEmit");
+await step("lint and format", "biome", "check", "--error-on-warnings", ".");
+await step("build", "tsc", "-p", "tsconfig.build.json");
+// After the build: an example is a user's program, so its types are those of dist.
+for (const example of await readdir(join(root, "examples")).catch(() => []))
+  await step(`example ${example}`, "tsc", "--noEmit", "-p", `examples/${example}`);
+await step("package", "publint", "--strict");
+const folder = await mkdtemp(join(tmpdir(), "vmbackup-pack-"));
+await step("pack", "npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", folder);
+// The package is CommonJS, also for ESM programs; resolvers that know no `exports` are not supported.
+for (const packed of await readdir(folder))
+  await step("package's types", "attw", join(folder, packed), "--profile", "node16", "--format", "ascii");
+await rm(folder, { recursive: true });
+
 if (failed.length > 0) {
   console.log(`check: ${failed.join(", ")} failed`);
   process.exitCode = 1;
