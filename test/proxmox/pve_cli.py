@@ -79,6 +79,7 @@ Commands = dict[str, Union[Command, Alias, "Commands"]]
 # --- usage -----------------------------------------------------------------------
 
 def usage_line(prefix: str, method: Method, args: Any, fixed: dict[str, Any], format_options: bool) -> str:
+    format_options = format_options or "output-format" in method.params
     names = [args] if isinstance(args, str) else list(args)
     parts = []
     for name in names:
@@ -88,7 +89,7 @@ def usage_line(prefix: str, method: Method, args: Any, fixed: dict[str, Any], fo
         is_list = "-list" in str(schema.get("format", ""))
         parts.append("{<%s>}" % name if is_list else f"[<{name}>]" if schema.get("optional") else f"<{name}>")
     others = {n: s for n, s in method.params.items() if n not in names and n not in fixed
-              and not (format_options and n in OUTPUT_OPTIONS)}
+              and not ("output-format" in method.params and n in OUTPUT_OPTIONS)}
     for name in sorted(others):
         if not others[name].get("optional"):
             parts.append(f"--{name} <{others[name].get('type', 'string')}>")

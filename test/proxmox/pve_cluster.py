@@ -67,7 +67,7 @@ def assert_if_modified(current: str, wanted: str | None) -> None:
 
 def encode_text(text: str) -> str:
     """Percent-encode as PVE::Tools::encode_text: control characters, `%`, `:` stay safe in a line."""
-    return quote(text.encode("utf-8"), safe=" !\"#$&'()*+,-./;<=>?@[\\]^_`{|}~:")
+    return quote(text.encode("utf-8"), safe=" !\"#$&'()*+,-./;<=>?@[\\]^_`{|}~")
 
 
 def decode_text(text: str) -> str:
@@ -85,19 +85,21 @@ def locked(lock: str, action: Callable[[], T]) -> T:
     """A directory is the lock: 10 s of waiting, at most 60 s of holding, stale after 120 s."""
     path = f"{LOCKS}/{lock}"
     os.makedirs(LOCKS, mode=0o700, exist_ok=True)
-    waited = 0
+    waited = 0.0
     while True:
         try:
             os.mkdir(path, 0o700)
             break
         except FileExistsError:
             _break_stale(path)
-        pause = min(max(LOCK_WAIT - waited, 1), 10) * 0.1
+        # The nearer the end, the shorter the pause; a word once per whole second.
+        pause = max(LOCK_WAIT - int(waited), 1) * 0.1
         if waited + pause >= LOCK_WAIT:
             raise PveError(f"cfs-lock '{lock}' error: got lock request timeout\n", errno.EEXIST)
-        err(f"trying to acquire cfs lock '{lock}' ...\n")
+        if int(waited + pause) > int(waited):
+            err(f"trying to acquire cfs lock '{lock}' ...\n")
         time.sleep(pause)
-        waited += 1
+        waited += pause
 
     def too_long(_signal: int, _frame: Any) -> None:
         raise PveError(f"'{lock}'-locked command timed out - aborting\n")
@@ -125,6 +127,30 @@ def _break_stale(path: str) -> None:
                 os.rmdir(path)
         except OSError:
             pass
+
+
+def lock_file(path: str, seconds: float, action: Callable[[], T]) -> T:
+    """PVE::Tools::lock_file: a flock, with the words on stderr that come when it is contended."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a", encoding="ascii") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            err("trying to acquire lock...\n")
+
+            def too_late(_signal: int, _frame: Any) -> None:
+                raise InterruptedError
+            previous = signal.signal(signal.SIGALRM, too_late)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except InterruptedError:
+                raise PveError(f"can't lock file '{path}' - got timeout\n", errno.EINTR) from None
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, previous)
+            err(" OK\n")
+        return action()
 
 
 # --- section configurations -----------------------------------------------------------

@@ -92,7 +92,7 @@ def _yaml_scalar(value: Any) -> str:
     if "\n" in text:
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     plain = re.fullmatch(r"[A-Za-z0-9_./(+][^#\n]*", text) and ": " not in text and not text.endswith((":", " "))
-    if not plain or re.fullmatch(r"[-+.0-9][0-9._eE+-]*|true|false|null|yes|no|on|off|~", text, re.I):
+    if not plain or re.fullmatch(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|true|false|null|yes|no|on|off|~", text, re.I):
         return "'" + text.replace("'", "''") + "'"
     return text
 
