@@ -40,6 +40,11 @@ function kill(group: number): void {
   }
 }
 
+/** A process that a child of ours started in a group of its own ends with us as well. */
+export function also(group: number): void {
+  if (group > 1) living.add(group);
+}
+
 /** Ends everything that we started and removes our folder. Synchronous, since exit handlers are. */
 export function endAll(): void {
   for (const group of living) kill(group);
@@ -155,6 +160,8 @@ export async function finished(file: string, args: readonly string[], s: Start):
 /** A process that lives as long as we do: it reads a pipe from us, and that one ends with us even when we are killed. */
 export interface Held {
   readonly alive: boolean;
+  /** What it said on stdout until it was ready. */
+  readonly heard: string;
   /** The end of what it said on stderr. */
   said(): string;
   close(): void;
@@ -219,6 +226,7 @@ export async function held(
     get alive() {
       return alive;
     },
+    heard: stdout,
     said: () => stderr,
     close,
   };

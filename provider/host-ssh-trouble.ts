@@ -30,7 +30,9 @@ export function noSsh(): Trouble {
 export function errorLines(stderr: string): string {
   return stderr
     .split("\n")
-    .filter((line) => !/^(debug\d:|OpenSSH_|Authenticated to |Pseudo-terminal )/.test(line))
+    .filter(
+      (line) => !/^(debug\d:|OpenSSH_|Authenticated to |Pseudo-terminal |Transferred: |Bytes per second: )/.test(line),
+    )
     .join("\n")
     .trim();
 }
@@ -104,6 +106,11 @@ export async function dialTrouble(ended: Ended, to: Destination): Promise<Troubl
   return new Trouble(`ssh ended with ${ended.exit ?? "a signal"} before the host answered`, next, told);
 }
 
+/** Under which name a pinned key lies in its known_hosts: any address of the host, and nobody else. */
+export function pinName(hostKey: string, hop: "host" | "proxy"): string {
+  return `vmbackup-${hop}-${createHash("sha256").update(hostKey).digest("hex").slice(0, 16)}`;
+}
+
 interface Hop {
   /** As ssh connects to it. */
   name: string;
@@ -121,7 +128,11 @@ function hop(named: string, { connection, settings }: Destination): Hop {
   const { proxy } = connection;
   const bare = named.replace(/^\[(.*)\](?::\d+)?$/, "$1");
   const own = settings.get("hostname");
-  if (proxy !== undefined && bare !== own && bare === proxy.host)
+  if (
+    proxy !== undefined &&
+    bare !== own &&
+    bare === (proxy.hostKey === undefined ? proxy.host : pinName(proxy.hostKey, "proxy"))
+  )
     return {
       name: bare,
       port: String(proxy.port ?? 22),
@@ -141,6 +152,9 @@ function hop(named: string, { connection, settings }: Destination): Hop {
     field: "hostKey",
   };
 }
+
+const knownHosts = ({ settings }: Destination) =>
+  settings.get("userknownhostsfile")?.split(" ")[0] ?? "~/.ssh/known_hosts";
 
 const fingerprint = (base64: string) =>
   `SHA256:${createHash("sha256").update(Buffer.from(base64, "base64")).digest("base64").replace(/=+$/, "")}`;
@@ -168,7 +182,7 @@ async function unknownKey(named: string, stderr: string, to: Destination): Promi
   const how =
     line === undefined
       ? `${compare}, then log in once by hand from the machine that runs pulumi, or set \`${at.field}\`.`
-      : `${compare}, then add this line to ~/.ssh/known_hosts, or set \`${at.field}\` to all but its first word:\n${line}`;
+      : `${compare}, then add this line to ${knownHosts(to)}, or set \`${at.field}\` to all but its first word:\n${line}`;
   const shows = print === undefined ? "" : `; it shows the key ${print}`;
   return new Trouble(`the host key of ${at.label} is not known${shows}`, how);
 }
@@ -176,7 +190,7 @@ async function unknownKey(named: string, stderr: string, to: Destination): Promi
 async function changedKey(named: string, stderr: string, to: Destination): Promise<Trouble> {
   const at = hop(named, to);
   const { print, key } = await serverKey(at, stderr);
-  const pinned = at.connection.hostKey ?? (named.startsWith("vmbackup-") ? to.connection.hostKey : undefined);
+  const pinned = at.connection.hostKey;
   const shows = print === undefined ? "another key" : `the key ${print}`;
   if (pinned !== undefined) {
     const [type = "", base64 = ""] = pinned.split(" ");
@@ -188,7 +202,7 @@ async function changedKey(named: string, stderr: string, to: Destination): Promi
   const where = /Offending .* key in (\S+)/.exec(stderr)?.[1];
   return new Trouble(
     `${at.label} shows ${shows}, not the one that is known${where === undefined ? "" : ` (${where})`}`,
-    `This can be another machine under the same name, or somebody between. If the machine was installed anew: ssh-keygen -R '${named}'${key === undefined ? "" : `, and add to ~/.ssh/known_hosts:\n${named} ${key}`}`,
+    `This can be another machine under the same name, or somebody between. If the machine was installed anew: ssh-keygen -R '${named}'${key === undefined ? "" : `, and add to ${knownHosts(to)}:\n${named} ${key}`}`,
   );
 }
 

@@ -5,13 +5,13 @@
 // command to the master.
 import { createHash, randomUUID } from "node:crypto";
 import { existsSync, writeFileSync } from "node:fs";
-import { homedir } from "node:os";
+import { homedir, userInfo } from "node:os";
 import { isAbsolute, join, resolve as resolvePath } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import type { Bastion, Connection } from "./host-connection.js";
-import { type Ended, finished, type Held, held, privateFolder } from "./host-process.js";
+import { also, type Ended, finished, type Held, held, privateFolder } from "./host-process.js";
 import { quote } from "./host-quote.js";
-import { dialTrouble, errorLines, noSsh, Trouble } from "./host-ssh-trouble.js";
+import { dialTrouble, errorLines, noSsh, pinName, Trouble } from "./host-ssh-trouble.js";
 
 /** What ssh makes of a destination (`ssh -G`), and how to reach it. */
 export interface Destination {
@@ -38,13 +38,21 @@ const percentless = (path: string) => `"${path.replaceAll("%", "%%")}"`;
 
 const configs = new Map<string, string>();
 
+// ssh's own idea of the home directory: the account's, whatever HOME says.
+function home(): string {
+  try {
+    return userInfo().homedir;
+  } catch {
+    return homedir();
+  }
+}
+
 /**
  * The configuration that ssh is given: the user's, the system's, and last our own defaults, so that nothing of ours
  * wins over ssh_config. `Match final`: also not over a `Match final` of the user's, which ssh reads in a second round.
  */
 function configuration(configFile: string | undefined, cwd: string): string {
-  const home = (path: string) => path.replace(/^~(?=\/)/, homedir());
-  const user = configFile === undefined ? join(homedir(), ".ssh", "config") : home(configFile);
+  const user = (configFile ?? "~/.ssh/config").replace(/^~(?=\/)/, home());
   const path = isAbsolute(user) ? user : resolvePath(cwd, user);
   const known = configs.get(path);
   if (known !== undefined) return known;
@@ -69,13 +77,14 @@ function configuration(configFile: string | undefined, cwd: string): string {
 }
 
 /** Options of ssh for one hop. First value wins: what must hold, then what is declared, then the configuration. */
-async function options(c: Connection | Bastion, config: string, log: string): Promise<string[]> {
+async function options(c: Connection | Bastion, config: string, hop: "host" | "proxy"): Promise<string[]> {
   const set: [string, string | number][] = [
     ["BatchMode", "yes"],
     ["StrictHostKeyChecking", "yes"],
     ["UpdateHostKeys", "no"],
     ["VerifyHostKeyDNS", "no"],
-    ["LogLevel", log],
+    // Its tracing tells why a login fails. Two hops share one stderr: only the last one traces.
+    ["LogLevel", hop === "host" ? "DEBUG1" : "ERROR"],
     // A dead peer is noticed after 15 s.
     ["ServerAliveInterval", 5],
     ["ServerAliveCountMax", 3],
@@ -93,7 +102,7 @@ async function options(c: Connection | Bastion, config: string, log: string): Pr
   if (c.port !== undefined) set.push(["Port", c.port]);
   if (c.perDialTimeout !== undefined) set.push(["ConnectTimeout", c.perDialTimeout === 0 ? "none" : c.perDialTimeout]);
   if (c.hostKey !== undefined) {
-    const alias = `vmbackup-${hash(c.hostKey)}`;
+    const alias = pinName(c.hostKey, hop);
     const pinned = pins.get(alias) ?? privateFile(`${alias} ${c.hostKey}\n`);
     pins.set(alias, pinned);
     set.push(["HostKeyAlias", alias], ["UserKnownHostsFile", `"${pinned}"`], ["GlobalKnownHostsFile", "/dev/null"]);
@@ -105,7 +114,7 @@ async function options(c: Connection | Bastion, config: string, log: string): Pr
     set.push(["IdentityAgent", `"${socket}"`], ["IdentitiesOnly", "yes"], ["IdentityFile", `"${publicKey}"`]);
   } else if (c.agentSocketPath !== undefined) set.push(["IdentityAgent", percentless(c.agentSocketPath)]);
   if ("proxy" in c && c.proxy !== undefined) {
-    const words = ["ssh", ...(await options(c.proxy, config, "ERROR")), "-T"];
+    const words = ["ssh", ...(await options(c.proxy, config, "proxy")), "-T"];
     const hop = quote([...words, "--", c.proxy.host].map((word) => word.replaceAll("%", "%%")));
     set.push(["ProxyCommand", hop.replace(/ -T -- /, " -T -W '[%h]:%p' -- ")]);
   }
@@ -134,7 +143,12 @@ function agentFor(key: string, passphrase: string | undefined): Promise<{ socket
 async function startAgent(id: string, key: string, passphrase: string | undefined) {
   const next = "Check `privateKey` and `privateKeyPassword`.";
   const socket = join(privateFolder(), `a${++files}`);
-  const agent = await held("ssh-agent", ["-a", socket, "sh", "-c", "echo ready; exec cat >/dev/null"], "ready", 10);
+  const agent = await held(
+    "ssh-agent",
+    ["-a", socket, "sh", "-c", "echo ready $SSH_AGENT_PID.; exec cat >/dev/null"],
+    ".\n",
+    10,
+  );
   if (!("close" in agent)) {
     if (agent.missing) throw noSsh();
     throw new Trouble(
@@ -143,6 +157,8 @@ async function startAgent(id: string, key: string, passphrase: string | undefine
       agent.stderr,
     );
   }
+  // It leaves our group, and would notice our end only after some seconds.
+  also(Number(/ready (\d+)/.exec(agent.heard)?.[1]));
   // ssh-add asks a program for the passphrase; that one reads it from ssh-add's environment, which only this user can see.
   // It answers once: ssh-add would ask for ever after a wrong one.
   const ask = privateFile(
@@ -173,7 +189,7 @@ async function startAgent(id: string, key: string, passphrase: string | undefine
 
 /** What ssh would do for this host, asked of ssh itself: aliases, users and ports of ssh_config are resolved by it alone. */
 export async function destination(connection: Connection, cwd: string): Promise<Destination> {
-  const made = await options(connection, configuration(connection.configFile, cwd), "DEBUG1");
+  const made = await options(connection, configuration(connection.configFile, cwd), "host");
   const asked = await finished("ssh", [...made, "-G", "--", connection.host], { seconds: 20 });
   if (asked.missing) throw noSsh();
   if (asked.exit !== 0)
@@ -207,7 +223,8 @@ export class Ssh {
       const { held, path } = await this.#open();
       const args = ["-F", "none", "-T", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ControlMaster=no"];
       // A session that the master does not take would connect by itself, past all our options: this stops it, and tells us.
-      args.push("-o", `ControlPath="${path}"`, "-o", `ProxyCommand=echo ${quote([NO_MASTER])} >&2; exit 1`);
+      // (A shell around it: ssh kills a ProxyCommand as soon as its stdout closes, so that must come after the words.)
+      args.push("-o", `ControlPath="${path}"`, "-o", `ProxyCommand=${quote(["sh", "-c", `echo "${NO_MASTER}" >&2`])}`);
       const ended = await finished("ssh", [...args, "--", this.#to.connection.host, command], s);
       // "read from master failed": the command was handed over before the master died; it may have started.
       const untaken = ended.stderr.includes(NO_MASTER) && !/read from master failed/.test(ended.stderr);

@@ -169,9 +169,7 @@ class Machine {
       throw new HostUnreachable({
         ...told,
         what: `Unable to ${why}: ${name} did not answer within ${seconds} s.`,
-        next:
-          command.next ??
-          "The command may still be running there. When the host answers again, run pulumi once more: it looks first.",
+        next: "The command may still be running there. When the host answers again, run pulumi once more: it looks first.",
       });
     if (trailer === null && (exit === undefined || exit === 255))
       throw new HostUnreachable({
