@@ -18,6 +18,7 @@ export default defineConfig({
           name: "lab",
           include: ["test/{lab,laws,proxmox}/**/*.test.ts"],
           globalSetup: ["test/lab/setup.ts"],
+          setupFiles: ["test/lab/watch.ts"],
           testTimeout: 120_000,
           hookTimeout: 300_000,
           // Hosts are processes of this machine: more files at once would only wait for its cores.
