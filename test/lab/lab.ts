@@ -16,7 +16,7 @@ const cache = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "pul
  */
 export const suffix = process.env.LAB_SUFFIX || claimSuffix();
 process.env.LAB_SUFFIX = suffix;
-const folder = process.env.LAB_DIR || join(cache, `hosts-${suffix}`);
+export const folder = process.env.LAB_DIR || join(cache, `hosts-${suffix}`);
 
 /** ssh_config of this lab: names, keys, strict host keys. For a connection's `configFile`. */
 export const sshConfig = join(folder, "ssh_config");
@@ -58,7 +58,16 @@ async function lab(argv: string[], env: Record<string, string> = {}): Promise<st
   return stdout;
 }
 
-const list = (binds: Record<string, string> = {}) =>
+/** The hosts that exist. */
+export async function list(): Promise<{ name: string; kind: string; address: string; up: boolean }[]> {
+  const lines = (await lab(["list"])).split("\n").filter(Boolean);
+  return lines.map((line) => {
+    const [name = "", kind = "", address = "", state] = line.split(" ");
+    return { name, kind, address, up: state === "up" };
+  });
+}
+
+const bindList = (binds: Record<string, string> = {}) =>
   Object.entries(binds)
     .map(([from, to]) => `${from}:${to}`)
     .join(",");
@@ -66,12 +75,13 @@ const list = (binds: Record<string, string> = {}) =>
 /** Starts hosts, or starts crashed ones again from their disks; does nothing for those that run. */
 export async function up(names: string[], options: HostOptions = {}): Promise<void> {
   const kind = options.uml ? ["--uml"] : options.pve ? ["--pve"] : [];
-  await lab(["up", ...kind, ...names], { LAB_BIND: list(options.bind), LAB_BIND_RW: list(options.bindRw) });
+  await lab(["up", ...kind, ...names], { LAB_BIND: bindList(options.bind), LAB_BIND_RW: bindList(options.bindRw) });
 }
 
 /** Removes hosts with their disks; all of this clone's when none is named. */
 export async function down(...names: string[]): Promise<void> {
-  await Promise.all(names.map(hangUp));
+  const going = names.length > 0 ? names : (await list()).map(({ name }) => name);
+  await Promise.all(going.map(hangUp));
   await lab(["down", ...names]);
 }
 
