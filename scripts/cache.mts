@@ -42,7 +42,10 @@ export async function locked<T>(lock: string, work: () => Promise<T>, waiting?: 
     if (file) {
       await file.writeFile(`${process.pid}\n`);
       await file.close();
-      break;
+      // Whoever found the same dead holder may remove ours in the belief that it is the dead one's: look again.
+      await sleep(300);
+      if ((await holder(lock)) === process.pid) break;
+      continue;
     }
     const pid = await holder(lock);
     // An empty file is a lock being taken this moment, unless it stays empty.

@@ -140,4 +140,11 @@ async function find(): Promise<PulumiCli> {
   return { bin, version, env: env(bin) };
 }
 
-if (import.meta.main) console.log((await pulumiCli()).bin);
+if (import.meta.main)
+  await pulumiCli().then(
+    ({ bin }) => console.log(bin),
+    (error: Error) => {
+      say(error.message);
+      process.exitCode = 1;
+    },
+  );
