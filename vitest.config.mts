@@ -37,6 +37,19 @@ export default defineConfig({
           sequence: { groupOrder: 2 },
         },
       },
+      {
+        // npm run bench: no part of npm test, asserts no time, prints a table.
+        test: {
+          name: "bench",
+          include: ["bench/**/*.bench.ts"],
+          globalSetup: ["test/lab/setup.ts", "test/engine/setup.ts"],
+          testTimeout: 1_800_000,
+          hookTimeout: 300_000,
+          maxWorkers: 1,
+          disableConsoleIntercept: true,
+          sequence: { groupOrder: 3 },
+        },
+      },
     ],
   },
 });
