@@ -52,8 +52,8 @@ def nextid(param: dict[str, Any]) -> str:
 
 # --- options -------------------------------------------------------------------------------
 
-_KEYBOARDS = ("da de de-ch en-gb en-us es fi fr fr-be fr-ca fr-ch hu is it ja lt mk nl no pl pt pt-br sl sv tr "
-              "kr").split()
+_KEYBOARDS = ("de de-ch da en-gb en-us es fi fr fr-be fr-ca fr-ch hu is it ja lt mk nl no pl pt pt-br sv sl "
+              "tr").split()
 _LANGUAGES = "ar ca da de en es eu fa fr hr he it ja ka kr nb nl nn pl pt_BR ru sl sv tr ukr zh_CN zh_TW".split()
 register_format("pve-next-id", cluster.NEXT_ID)
 register_format("mac-prefix", lambda v: v if re.fullmatch(
@@ -69,7 +69,7 @@ def _bad_prefix() -> str:
 
 
 OPTIONS: Props = {
-    "keyboard": {**_S, "enum": sorted(_KEYBOARDS)}, "language": {**_S, "enum": _LANGUAGES},
+    "keyboard": {**_S, "enum": _KEYBOARDS}, "language": {**_S, "enum": _LANGUAGES},
     "http_proxy": {**_S, "pattern": "http://.*"}, "migration_unsecure": {"type": "boolean", "optional": 1},
     "next-id": {**_S, "format": "pve-next-id"},
     "console": {**_S, "enum": ["applet", "vv", "html5", "xtermjs"]}, "email_from": {**_S, "format": "email-opt"},

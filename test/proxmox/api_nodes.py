@@ -94,9 +94,9 @@ def _status_type(status: str | None) -> str:
 @Method("GET", "/nodes/{node}/tasks", _TASK_FILTERS, _list(
     upid={"type": "string", "title": "UPID"}, node={"type": "string", "title": "Node"},
     pid={"type": "integer", "title": "PID"}, pstart={"type": "integer"},
-    starttime={"type": "integer", "title": "Starttime"}, type={"type": "string", "title": "Type"},
+    starttime={"type": "integer", "title": "Starttime", "renderer": "timestamp"}, type={"type": "string", "title": "Type"},
     id={"type": "string", "title": "ID"}, user={"type": "string", "title": "User"},
-    endtime={**_I, "title": "Endtime"}, status={**_S, "title": "Status"}), "PVE::API2::Tasks")
+    endtime={**_I, "title": "Endtime", "renderer": "timestamp"}, status={**_S, "title": "Status"}), "PVE::API2::Tasks")
 def task_list(param: dict[str, Any]) -> list[dict]:
     source = param.get("source", "archive")
     found: list[dict[str, Any]] = []

@@ -39,6 +39,7 @@ _SENSITIVE = {"cifs": ("password",), "pbs": ("encryption-key", "master-pubkey", 
         {"type": "array", "items": {"type": "object", "properties": {"storage": {"type": "string"}}}}, CONFIG)
 def storage_index(param: dict[str, Any]) -> list[dict]:
     config = st.StorageConfig()
+    st.assert_whole(config)
     return [st.api_config(config, ident) for ident in cluster.shuffled(config.ids)
             if param.get("type") in (None, config.ids[ident]["type"])]
 
@@ -129,7 +130,7 @@ def storage_delete(param: dict[str, Any]) -> None:
 
 # --- /nodes/{node}/storage -----------------------------------------------------------------
 
-_BYTES = {"type": "integer", "optional": 1}
+_BYTES = {"type": "integer", "optional": 1, "renderer": "bytes"}
 _FLAG = {"type": "boolean", "optional": 1}
 _STATUS_PROPS: Props = {
     "type": {"type": "string"}, "content": {"type": "string"}, "enabled": _FLAG, "active": _FLAG, "shared": _FLAG,
@@ -147,7 +148,8 @@ def _no_such_storage() -> Exception:
     "enabled": {"type": "boolean", "optional": 1}, "target": {**NODE, "optional": 1},
     "format": {"type": "boolean", "optional": 1},
 }, {"type": "array", "items": {"type": "object", "properties": {
-    **_STATUS_PROPS, "storage": STORAGE, "used_fraction": {"type": "number", "optional": 1}}}}, STATUS)
+    **_STATUS_PROPS, "storage": STORAGE, "select_existing": _FLAG, "formats": {"type": "object", "optional": 1},
+    "used_fraction": {"type": "number", "optional": 1, "renderer": "fraction_as_percentage"}}}}, STATUS)
 def status_index(param: dict[str, Any]) -> list[dict]:
     target = param.get("target")
     if target in (cluster.nodename(), "localhost"):
@@ -193,8 +195,8 @@ def status_read(param: dict[str, Any]) -> dict:
     "vmid": VMID,
 }, {"type": "array", "items": {"type": "object", "properties": {
     "volid": {"type": "string"}, "vmid": {"type": "integer", "optional": 1},
-    "parent": {"type": "string", "optional": 1}, "format": {"type": "string"}, "size": {"type": "integer"},
-    "used": {"type": "integer", "optional": 1}, "ctime": {"type": "integer", "optional": 1},
+    "parent": {"type": "string", "optional": 1}, "format": {"type": "string"}, "size": {"type": "integer", "renderer": "bytes"}, "approximate-size": _BYTES,
+    "used": _BYTES, "ctime": {"type": "integer", "optional": 1},
     "notes": {"type": "string", "optional": 1}, "encrypted": {"type": "string", "optional": 1},
     "verification": {"type": "object", "optional": 1}, "protected": {"type": "boolean", "optional": 1}}}}, CONTENT)
 def content_index(param: dict[str, Any]) -> list[dict]:
@@ -238,7 +240,8 @@ _VOLUME_PATH = "/nodes/{node}/storage/{storage}/content/{*volume}"
 
 
 @Method("GET", _VOLUME_PATH, _VOLUME_PARAMS, {"type": "object", "properties": {
-    "path": {"type": "string"}, "size": {"type": "integer"}, "used": {"type": "integer"},
+    "path": {"type": "string"}, "size": {"type": "integer", "renderer": "bytes"},
+    "used": {"type": "integer", "renderer": "bytes"},
     "format": {"type": "string"}, "notes": {"type": "string", "optional": 1},
     "protected": {"type": "boolean", "optional": 1}}}, CONTENT)
 def content_info(param: dict[str, Any]) -> dict:

@@ -57,7 +57,7 @@ class Method:
                 params[name] = [params[name]]
         validate(params, self.params)
         if self.function is None:
-            raise NotCovered(f"{self.verb} {self.path}")
+            raise NotCovered(self.description or f"{self.verb} {self.path}")
         return self.function(params)
 
 
@@ -121,7 +121,7 @@ def usage_list(prefix: str, commands: Commands, separator: str = "\n") -> str:
 def _abort(prog: str, commands: Commands, reason: str, prefix: str | None = None,
            sub: Commands | None = None) -> None:
     text = f"ERROR: {reason}\nUSAGE: {prog} <COMMAND> [ARGS] [OPTIONS]\n\n"
-    text += usage_list(prefix or prog, sub) if sub is not None else usage_list(prog, commands)
+    text += usage_list(prefix or prog, sub, "") if sub is not None else usage_list(prog, commands)
     err(text)
     sys.exit(255)
 
@@ -170,7 +170,8 @@ def run_command(prog: str, commands: Commands, words: list[str]) -> None:
         prefix += f" {word}"
         entry = level.get(word)
         if entry is None:
-            if any(n.startswith(word) for n in level) and level is not commands:
+            # An ambiguous word counts as the beginning of a command; its usage is the whole level's.
+            if any(n.startswith(word) for n, e in level.items() if not isinstance(e, Alias)):
                 _abort(prog, commands, f"incomplete command '{prefix}'", prefix, level)
             _abort(prog, commands, f"unknown command '{prefix}'")
         if isinstance(entry, Alias):
@@ -196,10 +197,21 @@ def run_command(prog: str, commands: Commands, words: list[str]) -> None:
 
 
 def _help(prog: str, commands: Commands, words: list[str]) -> None:
-    if not words:
-        out(f"USAGE: {prog} <COMMAND> [ARGS] [OPTIONS]\n\n" + usage_list(prog, commands))
-        return
-    raise NotCovered(f"{prog} help {' '.join(words)}: the descriptions of all parameters")
+    options = get_options(HELP.params, words, ["extra-args"], {}, lambda line: err(line + "\n"))
+    wanted = options.get("extra-args") or []
+    # Naming a command, or nothing at all, asks for every description.
+    if options.get("verbose", 1):
+        raise NotCovered(f"{prog} help {' '.join(wanted)}: the descriptions of all parameters")
+    level: Any = commands
+    prefix = prog
+    for word in wanted:
+        level = level.get(word) if isinstance(level, dict) else level
+        prefix += f" {word}"
+    if level is None:
+        _abort(prog, commands, f"unknown command '{wanted[0]}'")
+    text = (usage_line(prefix, level.method, level.args, level.fixed, level.format_options)
+            if isinstance(level, Command) else usage_list(prefix, level, ""))
+    out("USAGE: " + text.lstrip() + "\n")
 
 
 def formatted(returns_of: Method) -> Callable[..., None]:
@@ -228,10 +240,10 @@ def guarded(prog: str, main: Callable[[], Any]) -> None:
     except OSError as error:
         err(f"{error.strerror or error}" + (f" - {error.filename}" if error.filename else "") + "\n")
         code = error.errno or 255
-    try:
-        sys.stdout.flush()
-    except OSError:
-        pass
+    except Exception:  # noqa: BLE001 - a fault of the stand-in must never look like an answer of the tool
+        import traceback
+        traceback.print_exc()
+        code = 70
     os._exit(code)
 
 

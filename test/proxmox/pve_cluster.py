@@ -166,9 +166,11 @@ class SectionConfig:
     def __init__(self, types: dict[str, dict[str, dict[str, int]]], props: Props,
                  decode: Callable[[str, str, Any], Any] = lambda t, k, v: v,
                  encode: Callable[[str, str, Any], Any] = lambda t, k, v: v,
-                 check_header: Callable[[str], None] = lambda ident: None):
+                 check_header: Callable[[str], None] = lambda ident: None,
+                 complete: Callable[[str, str, dict[str, Any]], None] = lambda kind, ident, config: None):
         self.types, self.props, self.decode, self.encode = types, props, decode, encode
-        self.check_header = check_header
+        self.check_header, self.complete = check_header, complete
+        self.broken: list[str] = []     # sections that were there and could not be understood
 
     def check_value(self, kind: str, key: str, value: Any, skip_schema: bool = False) -> Any:
         if key == "type" and value == kind:
@@ -218,6 +220,7 @@ class SectionConfig:
     def parse(self, name: str, text: str) -> dict[str, dict[str, Any]]:
         """Sections in file order. What cannot be read is complained about and left out."""
         sections: dict[str, dict[str, Any]] = {}
+        self.broken = []
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if not re.match(r"\s*#", line)]
         at = 0
         while at < len(lines):
@@ -263,14 +266,16 @@ class SectionConfig:
                     err(f"{where} (section '{ident}') - unable to parse value of '{key}': {error.text()}")
             if not skip:
                 try:
-                    config = self.check_config(kind, config, True, True, True)
+                    self.complete(kind, ident, config)
+                    sections[ident] = self.check_config(kind, config, True, True, True)
                 except PveError as error:
                     err(f"{where} (skip section '{ident}'): {error.text()}")
-                config["type"] = kind
-                sections[ident] = config
+                    self.broken.append(ident)
         return sections
 
     def format(self, sections: dict[str, dict[str, Any]]) -> str:
+        if self.broken:     # the real one keeps an entry without a type, and then fails over it
+            raise PveError("unknown section type ''\n")
         text = ""
         for ident, config in sections.items():
             kind = config["type"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from typing import Any
 
 from pve_schema import Props, Schema
@@ -134,13 +135,36 @@ def dump_yaml(data: Any) -> str:
 
 # --- text ---------------------------------------------------------------------------
 
+def _render_bytes(value: float) -> str:
+    unit = 0
+    while value > 1023 and unit < 5:
+        value, unit = value / 1024, unit + 1
+    return "%.2f %s" % (value, ("B", "KiB", "MiB", "GiB", "TiB", "PiB")[unit])
+
+
+def _render_duration(value: float) -> str:
+    rest, parts = int(value + 0.5), []
+    for unit, length in (("w", 604800), ("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if rest // length:
+            parts.append(f"{rest // length}{unit}")
+            rest %= length
+    return " ".join(parts) or "0s"
+
+
+RENDERERS = {
+    "bytes": _render_bytes, "duration": _render_duration,
+    "fraction_as_percentage": lambda value: "%.2f%%" % (value * 100),
+    "timestamp": lambda value: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value)),
+}
+
+
 def _cell(value: Any, prop: Schema, human: bool) -> str:
     if value is None:
         return ""
     if human and prop.get("type") == "boolean":
         return "1" if value not in (0, "0", "") else "0"
-    if human and callable(prop.get("renderer")):
-        return prop["renderer"](value)
+    if human and prop.get("renderer"):
+        return RENDERERS[prop["renderer"]](float(value))
     if isinstance(value, (dict, list)):
         return to_json(value)
     return number_text(value) if isinstance(value, float) else str(value)

@@ -214,14 +214,20 @@ def _encode(kind: str, key: str, value: Any) -> Any:
     return value
 
 
-SECTIONS = cluster.SectionConfig(TYPES, PROPERTIES, _decode, _encode, lambda ident: parse_id(ident, "storage") and None)
+def _default_path(kind: str, ident: str, config: Config) -> None:
+    if kind in ("nfs", "cifs", "cephfs") and not config.get("path"):
+        config["path"] = f"/mnt/pve/{ident}"
+
+
+SECTIONS = cluster.SectionConfig(TYPES, PROPERTIES, _decode, _encode, lambda ident: parse_id(ident, "storage") and None,
+                                 _default_path)
 
 
 def check_config(kind: str, ident: str, config: Config, create: bool) -> Config:
     """What a plugin's check_config adds to the common one."""
     config = dict(config)
-    if create and kind in ("nfs", "cifs", "cephfs") and not config.get("path"):
-        config["path"] = f"/mnt/pve/{ident}"
+    if create:
+        _default_path(kind, ident, config)
     result = SECTIONS.check_config(kind, config, create, True)
     if create and kind in ("dir", "btrfs"):
         if not re.fullmatch(r"/[-/a-zA-Z0-9_.@]+", result["path"]):
@@ -237,6 +243,7 @@ class StorageConfig:
         text = cluster.read("storage.cfg")
         self.digest = cluster.digest(text)
         self.ids: dict[str, Config] = SECTIONS.parse("storage.cfg", text)
+        self.broken = list(SECTIONS.broken)
         local = self.ids.get("local")
         if not local or local["type"] != "dir" or local.get("path", "/var/lib/vz") != "/var/lib/vz":
             self.ids.pop("local", None)
@@ -281,6 +288,12 @@ class StorageConfig:
             return True
         except PveError:
             return False
+
+
+def assert_whole(config: StorageConfig) -> None:
+    """Whatever goes through all storages stumbles over a section that could not be read."""
+    if config.broken:
+        raise PveError(f"storage '{config.broken[0]}' does not exist\n")
 
 
 def api_config(config: StorageConfig, ident: str) -> dict[str, Any]:
@@ -436,6 +449,7 @@ def _status(scfg: Config, cache: Cache) -> tuple[int, int, int] | None:
 
 def storage_info(config: StorageConfig, content: str | None = None, formats: bool = False) -> dict[str, dict]:
     """Every storage's state; activates the enabled ones, and says inactive right after having mounted."""
+    assert_whole(config)
     wanted = split_list(content) if content is not None else None
     info: dict[str, dict] = {}
     cache = Cache()
