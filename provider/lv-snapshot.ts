@@ -44,7 +44,7 @@ interface Pins {
 // ---------------------------------------------------------------- the questions
 
 const number = z.string().transform((s) => (s === "" ? undefined : Number(s))); // all numbers of LVM's JSON are strings
-const lvRow = z.object({
+export const lvRow = z.object({
   lv_name: z.string(),
   vg_name: z.string(),
   lv_uuid: z.string(),
@@ -130,9 +130,9 @@ interface Have extends Observed<Pins> {
 }
 
 const bare = (row: Row) => row.lv_name.replace(/^\[(.*)\]$/, "$1"); // a merging snapshot is shown as [snap]
-const isThin = (row: Row) => row.lv_attr.startsWith("V");
-const isThickSnapshot = (row: Row) => /^s/i.test(row.lv_attr);
-const isOverflowed = (row: Row) =>
+export const isThin = (row: Row) => row.lv_attr.startsWith("V");
+export const isThickSnapshot = (row: Row) => /^s/i.test(row.lv_attr);
+export const isOverflowed = (row: Row) =>
   row.lv_snapshot_invalid === "snapshot invalid" || row.lv_attr[4] === "I" || row.lv_attr[4] === "S";
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
