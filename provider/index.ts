@@ -3,7 +3,8 @@
 
 import type { Input, Output } from "@pulumi/pulumi";
 import * as pulumi from "@pulumi/pulumi";
-import { HostResource } from "./door.js";
+import { HostResource, perRun } from "./door.js";
+import { overlap, rangeTrouble } from "./id-range.js";
 
 // ---------------------------------------------------------------- shared by all
 
@@ -58,6 +59,93 @@ export interface Lookup {
 
 /** UTC, ISO 8601. */
 export type Time = string;
+
+// ---------------------------------------------------------------- VmIdRange
+
+/** A block of guest ids for one node: the node's next-id range, and the numbers for `vmId` and `vmIds`. */
+export interface VmIdRangeArgs extends OnHost {
+  /** First id. A plain number, so that overlaps and `nth` fail on their own line, before anything runs. */
+  lower: number;
+  /** Last id, inclusive. */
+  upper: number;
+  /** Set the node's next-id range, which the GUI and `pvesh get /cluster/nextid` follow. Default true. */
+  enforce?: Input<boolean> | undefined;
+}
+
+/**
+ * A block of guest ids for one node, so that unrelated nodes can share a store. Both ends are inclusive.
+ *
+ * ```ts
+ * const ids = new VmIdRange("node4-ids", { host: "node4", lower: 14001, upper: 14999 });
+ * export const first = ids.nth(1); // 14001
+ * ```
+ *
+ * - The node's next-id range (datacenter options) is set to it, and put back to what it was when the resource goes.
+ * - Refused: ranges of one program that overlap (here, with both names), a second enforced range on a node, and `enforce` on a
+ *   member of a cluster, whose next-id range is one for all (`enforce: false` is possible there).
+ * - Guests that already exist outside the range stay: `status.outside` names them.
+ */
+export class VmIdRange extends HostResource {
+  declare readonly lower: Output<number>;
+  declare readonly upper: Output<number>;
+  /**
+   * As seen by the last up or refresh. `used`: guests in the range. `free`: ids without a guest, a volume or a dump; `next`: the
+   * lowest of them (0: none). `outside`: guests of this node outside the range (at most 20 ids).
+   */
+  declare readonly status: Output<{ asOf: Time; used: number; free: number; next: number; outside: number[] }>;
+
+  constructor(name: string, args: VmIdRangeArgs, opts?: pulumi.CustomResourceOptions) {
+    const isGet = opts?.id !== undefined;
+    if (!isGet) checkRange(name, args);
+    const declared = isGet ? { ...args, ...unread(["lower", "upper"]) } : { ...args };
+    super("VmIdRange", name, declared, ["status"], [isGet ? undefined : `${args.lower}-${args.upper}`], opts);
+    if (!isGet) plainly.set(this, { name, lower: args.lower, upper: args.upper });
+  }
+
+  /** Reads the next-id range of a node, also one that is not ours. id: `14001-14999`. Throws when the node has another one. */
+  static get(name: string, id: Input<pulumi.ID>, lookup: Lookup, opts?: pulumi.CustomResourceOptions): VmIdRange {
+    return new VmIdRange(name, lookup as VmIdRangeArgs, { ...opts, id });
+  }
+
+  /** The n-th id of the range, from 1: `nth(1)` is `lower`. Known in preview; n outside the range throws here. */
+  nth(n: number): Output<number> {
+    const range = plainly.get(this);
+    if (range === undefined)
+      return pulumi.all([this.lower, this.upper]).apply(([lower, upper]) => nthOf({ name: "it", lower, upper }, n));
+    const id = nthOf(range, n);
+    return this.lower.apply(() => id); // of this output, so that its users wait for the range
+  }
+}
+
+interface NamedRange {
+  name: string;
+  lower: number;
+  upper: number;
+}
+
+/** What the program says of each range. */
+const plainly = new WeakMap<VmIdRange, NamedRange>();
+/** The ranges of each run. */
+const ranges = new WeakMap<object, NamedRange[]>();
+
+function nthOf({ name, lower, upper }: NamedRange, n: number): number {
+  const count = upper - lower + 1;
+  if (Number.isInteger(n) && n >= 1 && n <= count) return lower + n - 1;
+  throw new Error(`nth(${n}): ids count from 1, and ${name} has ${count} of them, ${lower} to ${upper}.`);
+}
+
+/** Nodes that share nothing today share a store tomorrow: ranges are disjoint over all hosts of a program. */
+function checkRange(name: string, { lower, upper }: VmIdRangeArgs): void {
+  const trouble = rangeTrouble(lower, upper);
+  if (trouble !== undefined) throw new Error(`VmIdRange "${name}": ${trouble.property}: ${trouble.reason}.`);
+  const others = perRun(ranges, () => []);
+  const other = others?.find((o) => overlap(o, { lower, upper }));
+  if (other !== undefined)
+    throw new Error(
+      `VmIdRange "${name}": its ids ${lower} to ${upper} overlap those of "${other.name}", ${other.lower} to ${other.upper}. Give each node ids of its own.`,
+    );
+  others?.push({ name, lower, upper });
+}
 
 // ---------------------------------------------------------------- LvSnapshot
 
