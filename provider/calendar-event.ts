@@ -6,6 +6,7 @@
 // its cure. It takes a single number as a minute ("22": every hour at :22), an hour that does not exist as a minute ("25:00": every
 // hour at :25), and a second clock time as minute and second ("8:00,12:00": at 8:00 and 8:12). Dates that never come are refused too.
 import * as z from "zod";
+import type { Report } from "./host.js";
 
 /** One number, range or repetition of a field: `7`, `1..5`, `0/15`, `8..17/3`. */
 interface Item {
@@ -420,6 +421,15 @@ function whenItChanges(offset: (at: number) => number, from: number, to: number)
   }
   return high;
 }
+
+/** Name of a host's time zone, e.g. Europe/Prague; "" when it cannot be told. Without /etc/localtime it is UTC. */
+export const timeZone: Report<string> = {
+  why: "read the time zone",
+  argv: ["sh", "-c", "[ -e /etc/localtime ] || { echo /zoneinfo/UTC; exit; }; readlink -f /etc/localtime"],
+  shown: ["readlink", "-f", "/etc/localtime"],
+  parse: (stdout) => /\/zoneinfo\/(?:posix\/|right\/)?(.+)$/.exec(stdout.trim())?.[1] ?? "",
+  answer: z.string(),
+};
 
 // ---------------------------------------------------------------- the input
 

@@ -59,6 +59,8 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
   facts(want: W, have: H, line: Line<P>): Fields;
   /** The declared inputs as the host has them: where they differ, the program drifted. */
   asFound(want: W, have: H, line: Line<P>): W;
+  /** What the reader of a successful create or update should know; not an error. */
+  warnings?(want: W, have: H): string[];
 }
 
 // biome-ignore lint/suspicious/noExplicitAny: a list of definitions forgets what each one wants, has and pins
@@ -305,6 +307,7 @@ export class Engine {
     try {
       if (takesOver) await this.#fenced(task);
       const have = await this.#reconcile(id, task, seen);
+      for (const warning of this.#definition.warnings?.(task.want, have) ?? []) console.warn(`warning: ${warning}`);
       if (task.memory.ledgerId === undefined) task.memory = await memory(task.host); // the first write gave it its uuid
       return { id, outs: this.#outputs(task.want, task.hidden, have, task.line, task.memory) };
     } catch (error) {

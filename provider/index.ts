@@ -45,6 +45,19 @@ export interface Connection {
 /** Bytes as a number, or text with a binary unit: `"512M"`, `"20G"`, `"1T"`. */
 export type Size = number | string;
 
+/** How many backups of each guest stay. Absent = all of them. Evaluated in this order, in local time of the host. */
+export type Retention =
+  | { keepAll: true }
+  | {
+      keepAll?: undefined;
+      keepLast?: Input<number> | undefined;
+      keepHourly?: Input<number> | undefined;
+      keepDaily?: Input<number> | undefined;
+      keepWeekly?: Input<number> | undefined;
+      keepMonthly?: Input<number> | undefined;
+      keepYearly?: Input<number> | undefined;
+    };
+
 interface OnHost {
   /** The host on which the object lives. Another address of the same machine is an update without commands; another machine is refused. */
   host: Input<Host>;
@@ -145,6 +158,165 @@ function checkRange(name: string, { lower, upper }: VmIdRangeArgs): void {
       `VmIdRange "${name}": its ids ${lower} to ${upper} overlap those of "${other.name}", ${other.lower} to ${other.upper}. Give each node ids of its own.`,
     );
   others?.push({ name, lower, upper });
+}
+
+// ---------------------------------------------------------------- BackupSchedule
+
+interface BackupScheduleCommon extends OnHost {
+  /** Job id (Proxmox) or timer name (libvirt). Fixed. Default: the resource's name. */
+  name?: Input<string> | undefined;
+  /** Calendar event in local time of the host, the same grammar for both kinds: `"02:30"`, `"sat 03:00"`, `"mon..fri 22:00 UTC"`. Checked in preview. */
+  schedule: Input<string>;
+  /** False keeps the schedule but runs nothing. Default true. */
+  enabled?: Input<boolean> | undefined;
+  /** Run once after boot when a run was missed. Default false. */
+  catchUp?: Input<boolean> | undefined;
+  comment?: Input<string> | undefined;
+}
+
+/** Options of vzdump(1) for the job, own names in camel case, own units. */
+export interface VzdumpOptions {
+  mode?: Input<"snapshot" | "suspend" | "stop"> | undefined;
+  compress?: Input<"0" | "gzip" | "lzo" | "zstd"> | undefined;
+  /** Threads; 0 = half of the cores. */
+  zstd?: Input<number> | undefined;
+  /** KiB/s; 0 = unlimited. */
+  bwlimit?: Input<number> | undefined;
+  /** 0 to 8. */
+  ionice?: Input<number> | undefined;
+  /** Minutes. */
+  lockwait?: Input<number> | undefined;
+  /** Minutes. */
+  stopwait?: Input<number> | undefined;
+  /** One line; `{{guestname}}`, `{{vmid}}`, `{{node}}`, `{{cluster}}`. */
+  notesTemplate?: Input<string> | undefined;
+  protected?: Input<boolean> | undefined;
+  fleecing?: Input<{ enabled: Input<boolean>; storage?: Input<string> | undefined }> | undefined;
+  performance?:
+    | Input<{ maxWorkers?: Input<number> | undefined; pbsEntriesMax?: Input<number> | undefined }>
+    | undefined;
+  stdexcludes?: Input<boolean> | undefined;
+  excludePath?: Input<Input<string>[]> | undefined;
+  /** Hook script on the node. */
+  script?: Input<string> | undefined;
+  /** Cluster node that runs the job. Default: every node its own guests. */
+  node?: Input<string> | undefined;
+  notificationMode?: Input<"auto" | "legacy-sendmail" | "notification-system"> | undefined;
+  /** With `legacy-sendmail`. */
+  mailTo?: Input<Input<string>[]> | undefined;
+  pbsChangeDetectionMode?: Input<"legacy" | "data" | "metadata"> | undefined;
+}
+
+/** Proxmox VE: a vzdump job to one of the node's storages. */
+export interface ProxmoxBackupArgs extends BackupScheduleCommon {
+  /** Storage id, usually `dumps.storageId`. */
+  storage: Input<string>;
+  /** Default `"all"`. Also ids, `{ allExcept: ids }` or `{ pool }`. */
+  guests?: Input<"all" | Input<number>[] | { allExcept: Input<Input<number>[]> } | { pool: Input<string> }> | undefined;
+  /** Default: the storage's. */
+  retention?: Input<Retention> | undefined;
+  vzdump?: Input<VzdumpOptions> | undefined;
+  directory?: undefined;
+  libvirt?: undefined;
+}
+
+export interface LibvirtBackupOptions {
+  /** `auto` (default): per disk, `lvm-snapshot` for logical volumes, `external-snapshot` for image files. */
+  method?: Input<"auto" | "external-snapshot" | "lvm-snapshot"> | undefined;
+  /** Freeze file systems through the guest agent: fail without it, try (default), or never. */
+  quiesce?: Input<"require" | "try" | "never"> | undefined;
+  /** Seconds after which a frozen guest is thawed whatever happens. Default 10. */
+  freezeMax?: Input<number> | undefined;
+  /** Which disks, by target name (`vda`). Default: all writable ones. A disk left out is listed as uncovered. */
+  disks?:
+    | Input<{
+        include?: Input<Input<string>[]> | undefined;
+        exclude?: Input<Input<string>[]> | undefined;
+        maxSize?: Input<Size> | undefined;
+      }>
+    | undefined;
+  /** Copy-on-write room per disk for `lvm-snapshot`. Default `"20%ORIGIN"`. */
+  snapshotSize?: Input<Size> | undefined;
+  /** Default `zstd`. */
+  compress?: Input<"zstd" | "pigz" | "none"> | undefined;
+  /** KiB/s over all disks; 0 = unlimited (default). */
+  bwlimit?: Input<number> | undefined;
+  /** 0 to 8, as in vzdump. Default 7. */
+  ionice?: Input<number> | undefined;
+  /** Seconds after which the copy is given up; the clean-up always completes. Default: none. */
+  maxRuntime?: Input<number> | undefined;
+  /** Seconds; spreads the start over hosts that share a server. Default 0. */
+  randomizedDelay?: Input<number> | undefined;
+  /** Read each set back before it counts. Default true. */
+  verify?: Input<boolean> | undefined;
+  /** Refuse to run when `directory` is not on a mount of its own. Default true. */
+  requireMount?: Input<boolean> | undefined;
+  /** systemd unit started when a run fails, e.g. `"alert@%n.service"`. */
+  onFailure?: Input<string> | undefined;
+}
+
+/** KVM with libvirt: a systemd timer that writes self-describing backup sets into a directory. Not in this version. */
+export interface LibvirtBackupArgs extends BackupScheduleCommon {
+  /** Directory on the host, usually an NFS mount. */
+  directory: Input<string>;
+  /** Default `"all"`: every defined guest, running or not. Also names or `{ allExcept: names }`. */
+  guests?: Input<"all" | Input<string>[] | { allExcept: Input<Input<string>[]> }> | undefined;
+  retention?: Input<Retention> | undefined;
+  libvirt?: Input<LibvirtBackupOptions> | undefined;
+  storage?: undefined;
+  vzdump?: undefined;
+}
+
+/** `storage` makes it a Proxmox VE job, `directory` a libvirt timer. */
+export type BackupScheduleArgs = ProxmoxBackupArgs | LibvirtBackupArgs;
+
+export interface BackupStatus {
+  asOf: Time;
+  nextRun?: Time;
+  lastRun?: { startedAt: Time; finishedAt?: Time; result: "ok" | "failed" | "running"; message?: string };
+  /** Guests that a run covers completely. */
+  covered: number;
+  /** Guests or disks it does not cover, and why (at most 20). */
+  uncovered: { guest: string; reason: string }[];
+  /** The covered guest whose newest backup is oldest. */
+  stalest?: { guest: string; newestBackup?: Time };
+}
+
+/**
+ * Backups on a schedule. On Proxmox VE: a vzdump job of the datacenter.
+ *
+ * ```ts
+ * new BackupSchedule("nightly", { host: "node4", schedule: "02:30", storage: dumps.storageId, retention: { keepLast: 3, keepDaily: 7 } });
+ * ```
+ *
+ * - `schedule` is in local time of the host unless it ends in ` UTC`, and is checked in preview. What Proxmox would misread is
+ *   refused with the cure: `"22"` (a minute, every hour), `"25:00"`, `"8:00,12:00"`, a date that never comes.
+ * - The comment of the job ends with a mark that names its owner.
+ * - Refused before anything is changed: a storage that does not exist, is disabled or takes no backups; guests, a pool or a node
+ *   that do not exist. Refused in preview: a guest that is listed twice, `protected` with a retention.
+ * - Backups stay when the schedule goes.
+ */
+export class BackupSchedule extends HostResource {
+  declare readonly name: Output<string>;
+  declare readonly schedule: Output<string>;
+  declare readonly enabled: Output<boolean>;
+  /** As seen by the last up or refresh. `lastRun`: of the schedule itself, not of "Run now". */
+  declare readonly status: Output<BackupStatus>;
+
+  constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
+    const named =
+      opts?.id === undefined
+        ? { ...args, name: args.name ?? name }
+        : { ...args, ...unread(["name", "schedule", "enabled", "storage"]) };
+    super("BackupSchedule", name, { enabled: undefined, ...named }, ["status"], [named.name], opts);
+    const enabled = this.enabled.apply((declared: boolean | undefined) => declared ?? true);
+    Object.defineProperty(this, "enabled", { value: enabled });
+  }
+
+  /** Reads an existing schedule, also one that is not ours. id: the job id. Throws when there is none. */
+  static get(name: string, id: Input<pulumi.ID>, lookup: Lookup, opts?: pulumi.CustomResourceOptions): BackupSchedule {
+    return new BackupSchedule(name, lookup as BackupScheduleArgs, { ...opts, id });
+  }
 }
 
 // ---------------------------------------------------------------- LvSnapshot

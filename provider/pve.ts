@@ -286,6 +286,39 @@ export const cluster: Report<{ node: string; clustered: boolean }> = pvesh(
   }),
 );
 
+/** Names of all nodes: one, unless it is a member of a cluster. */
+export const nodes: Report<string[]> = pvesh(
+  "list the nodes",
+  "/nodes",
+  z.array(z.object({ node: z.string() })).transform((rows) => rows.map(({ node }) => node)),
+);
+
+export const pools: Report<string[]> = pvesh(
+  "list the pools",
+  "/pools",
+  z.array(z.object({ poolid: z.string() })).transform((rows) => rows.map(({ poolid }) => poolid)),
+);
+
+const included = z.object({
+  id: numeral,
+  name: z.string().optional(),
+  /** unknown: the job names a guest that does not exist. */
+  type: z.enum(["qemu", "lxc", "unknown"]),
+  children: z
+    .array(z.object({ id: z.string(), name: z.string().optional(), included: flag, reason: z.string().default("") }))
+    .default([]),
+});
+export type Included = z.output<typeof included>;
+
+/** The guests of a backup job with their volumes; one that is listed twice comes twice. */
+export function includedVolumes(job: string): Report<Included[]> {
+  return pvesh(
+    `list what the backup job ${job} covers`,
+    `/cluster/backup/${job}/included_volumes`,
+    z.object({ children: z.array(included) }).transform(({ children }) => children),
+  );
+}
+
 /** Version of Proxmox VE, e.g. { version: "9.2.11" }. */
 export const version = pvesh("read the version of Proxmox VE", "/version", z.object({ version: z.string() }));
 

@@ -1,6 +1,12 @@
 // The resources by kind: a new one is its own file and a line here.
+
+import { backupSchedule } from "./backup-schedule.js";
 import type { AnyDefinition } from "./engine.js";
 import { lvSnapshot } from "./lv-snapshot.js";
 import { vmIdRange } from "./vm-id-range.js";
 
-export const resources: Readonly<Record<string, AnyDefinition>> = { LvSnapshot: lvSnapshot, VmIdRange: vmIdRange };
+export const resources: Readonly<Record<string, AnyDefinition>> = {
+  BackupSchedule: backupSchedule,
+  LvSnapshot: lvSnapshot,
+  VmIdRange: vmIdRange,
+};
