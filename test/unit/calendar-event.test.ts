@@ -1,4 +1,3 @@
-import { readFileSync } from "node:fs";
 import { describe, expect, it } from "vitest";
 import * as z from "zod";
 import {
@@ -10,22 +9,20 @@ import {
   parseEvent,
   sameEvent,
   schedule,
-} from "../../provider/calendar-event.ts";
+} from "../../provider/calendar-event.js";
+import { recording } from "../captures.js";
 
-/** What the real parser was recorded to do, next to the repository. */
-const recorded = z
-  .array(z.object({ cmd: z.array(z.string()), stdout: z.string(), exit: z.number(), ran: z.boolean() }))
-  .parse(JSON.parse(readFileSync("../shared/captures/pve/calendar-events.json", "utf8")))
-  .map((row) => {
-    const option = (name: string) => row.cmd[row.cmd.indexOf(name) + 1] ?? "";
-    const answer = z.array(z.object({ timestamp: z.number() }));
-    return {
-      text: option("--schedule"),
-      from: Number(option("--starttime")),
-      accepted: row.exit === 0,
-      events: row.exit === 0 ? answer.parse(JSON.parse(row.stdout)).map((e) => e.timestamp) : [],
-    };
-  });
+/** What the real parser was recorded to do. */
+const recorded = recording("pve/calendar-events").map((row) => {
+  const option = (name: string) => row.cmd[row.cmd.indexOf(name) + 1] ?? "";
+  const answer = z.array(z.object({ timestamp: z.number() }));
+  return {
+    text: option("--schedule"),
+    from: Number(option("--starttime")),
+    accepted: row.exit === 0,
+    events: row.exit === 0 ? answer.parse(JSON.parse(row.stdout)).map((e) => e.timestamp) : [],
+  };
+});
 
 /** Accepted by Proxmox, refused by us because it does not mean what it says: with the cure that the reason has to name. */
 const misread: Record<string, string> = {
