@@ -124,6 +124,8 @@ interface Have extends Observed<Pins> {
   /** Another logical volume that has the snapshot's name. */
   stranger?: Row;
   originIsMerging: boolean;
+  /** Its uuid was known before this look. */
+  isPinned: boolean;
   /** What the volume group has, for an error that names it. */
   volumes: string[];
   groups: string[] | undefined;
@@ -148,6 +150,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
   const pool = origin && inGroup.find((row) => bare(row) === origin.pool_lv && origin.pool_lv !== "");
   const have: Have = {
     exists: mine !== undefined,
+    isPinned: pins.uuid !== undefined,
     originIsMerging:
       origin !== undefined && inGroup.some((row) => row.origin_uuid === origin.lv_uuid && row.lv_merging === "merging"),
     volumes: inGroup.filter((row) => !row.lv_name.startsWith("[")).map((row) => row.lv_name),
@@ -230,10 +233,11 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
   return [...mark(lv, line), ...extend(want, have, line)];
 }
 
-/** Before the pins hold an origin's uuid its name counts; afterwards the uuid, so that a renamed origin is no drift. */
+/** By name when a snapshot is taken or taken over. Later by uuid (see observe): a renamed origin is no drift. */
 function sameOrigin(want: Want, have: Have, line: Line<Pins>): boolean {
   if (have.origin === undefined) return false;
-  return line.pins?.originUuid === have.origin.lv_uuid || bare(have.origin) === want.origin;
+  if (line.finished || bare(have.origin) === want.origin) return true;
+  return have.isPinned && !have.volumes.includes(want.origin);
 }
 
 function lost(what: string, why: string, pins: Pins): Refused {
