@@ -19,9 +19,13 @@ type Verdict = { index: number; cmd: string[]; equal: boolean; covered: boolean;
 // `start` and numbers (before that call): shell lines that make the node what the recording's node was.
 type Preparation = Record<string, string[]>;
 // `chance`: calls whose numbers depend on who came last of several parallel ones; digits are not compared there.
+// `together`: calls that ran in the background, with the number of the call they were started before.
+// `parallel`: calls that ran at the same moment, as [first, count].
 type Memory = {
   before: Record<string, Preparation>;
   chance: Record<string, number[]>;
+  together: Record<string, Record<string, number>>;
+  parallel: Record<string, [number, number][]>;
   equal: Record<string, number[]>;
 };
 
@@ -118,7 +122,11 @@ const SET_KEYS = new Set(["content", "nodes"]);
 const compare = (a: string, b: string): number => (a < b ? -1 : a > b ? 1 : 0);
 const sortedWords = (list: string): string => list.split(",").sort().join(",");
 
-function maskValue(value: unknown, key = ""): unknown {
+// How small an archive becomes is the compressor's doing.
+const PACKED = /\.vma\.(?:zst|gz|lzo|xz)$/;
+
+function maskValue(value: unknown, key = "", packed = false): unknown {
+  if (key === "size" && packed && typeof value === "number" && value > 0) return "*";
   if (MOMENT_KEYS.has(key) && typeof value !== "object") return value === 0 ? 0 : "*";
   if (SET_KEYS.has(key) && typeof value === "string") return sortedWords(value);
   if (Array.isArray(value)) {
@@ -129,23 +137,39 @@ function maskValue(value: unknown, key = ""): unknown {
   }
   if (value !== null && typeof value === "object") {
     const entries = Object.entries(value).sort(([a], [b]) => compare(a, b));
-    return Object.fromEntries(entries.map(([k, v]) => [k, maskValue(v, k)]));
+    const isPacked = Object.values(value).some((v) => typeof v === "string" && PACKED.test(v));
+    return Object.fromEntries(entries.map(([k, v]) => [k, maskValue(v, k, isPacked)]));
   }
   return typeof value === "string" ? maskText(value) : value;
 }
 
+const sortedOptions = (line: string): string =>
+  line
+    .split(/(?:^| )(?=--)/)
+    .sort()
+    .join(" ");
+
 function maskText(text: string): string {
-  return text
-    .replace(/UPID:([\w-]+):[0-9A-F]{8}:[0-9A-F]{8}:[0-9A-F]{8}:/g, "UPID:$1:*:*:*:")
-    .replace(/\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b/g, "<uuid>")
-    .replace(/\b[0-9a-f]{40}\b/g, "<sha1>")
-    .replace(/\bBC:24:11(:[0-9A-F]{2}){3}\b/g, "<mac>")
-    .replace(/\b20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\b/g, "<time>")
-    .replace(/(20\d\d_\d\d_\d\d)-\d\d_\d\d_\d\d(?=\D|$)/g, (stamp) => (isNow(stamp) ? "<stamp>" : stamp))
-    .replace(/ctime=\d+/g, "ctime=*")
-    .replace(/\bCTIME: .*/g, "CTIME: *")
-    .replace(/vzdumptmp\d+/g, "vzdumptmp*")
-    .replace(/duration \d+ sec/g, "duration * sec");
+  return (
+    text
+      .replace(/UPID:([\w-]+):[0-9A-F]{8}:[0-9A-F]{8}:[0-9A-F]{8}:/g, "UPID:$1:*:*:*:")
+      .replace(/\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b/g, "<uuid>")
+      .replace(/\b[0-9a-f]{40}\b/g, "<sha1>")
+      .replace(/\bBC:24:11(:[0-9A-F]{2}){3}\b/g, "<mac>")
+      .replace(/\b20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\b/g, "<time>")
+      .replace(/(20\d\d_\d\d_\d\d)-\d\d_\d\d_\d\d(?=\D|$)/g, (stamp) => (isNow(stamp) ? "<stamp>" : stamp))
+      .replace(/ctime=\d+/g, "ctime=*")
+      .replace(/\bCTIME: .*/g, "CTIME: *")
+      .replace(/vzdumptmp\d+/g, "vzdumptmp*")
+      .replace(/short vma extent \(\d+ < \d+\)/g, "short vma extent (* < *)")
+      .replace(/(\/bin\/bash: line 1: |^ +) *\d+ (?=Exit|Trace)/gm, "$1 * ")
+      .replace(/(starting new backup job: vzdump[\s\d]*)(.*)/g, (_, start, options) => start + sortedOptions(options))
+      .replace(/(\.vma\.(?:zst|gz|lzo) +vma\.\w+ +backup +)[1-9]\d*/g, "$1*")
+      .replace(/\/var\/log\/pve\/tasks\/[0-9A-F]\//g, "/var/log/pve/tasks/*/")
+      // A decompressor's complaint comes when it comes, among the lines of who reads from it.
+      .replace(/^([^]*?)^(\/\S+ : Read error.*\n)([^]*)$/gm, "$1$3$2")
+      .replace(/duration \d+ sec/g, "duration * sec")
+  );
 }
 
 // A time stamp of the hour the recordings were made in (around midnight of 21 November) or of today.
@@ -165,7 +189,7 @@ function maskListing(text: string): string {
       if (!/^[-dl][rwxst-]{9}/.test(mode) || fields.length < 8) return maskText(line);
       const at = fields.findIndex((field) => /^\d\d:\d\d/.test(field));
       const name = fields.slice(/^[+-]\d{4}$/.test(fields[at + 1] ?? "") ? at + 2 : at + 1).join(" ");
-      return maskText(`${mode} ${mode.startsWith("d") ? "" : size} ${name}`);
+      return maskText(`${mode} ${mode.startsWith("d") || (PACKED.test(name) && size !== "0") ? "" : size} ${name}`);
     })
     .join("\n");
 }
@@ -215,6 +239,8 @@ function mask(cmd: string[], text: string): string {
   }
   if (/--output-format yaml/.test(line)) return maskYaml(text);
   if (cmd[0] === "ls" || /\bls -la\b/.test(line)) return maskListing(text);
+  // Only whether it is immutable: the rest is the file system's.
+  if (cmd[0] === "lsattr") return text.replace(/^[-a-zA-Z]+ /gm, (flags) => (flags.includes("i") ? "i " : "- "));
   if (/\/proc\/mounts/.test(line)) return text.replace(/^(\S+) (\S+) .*$/gm, "$2");
   if (/storage\.cfg|jobs\.cfg/.test(line)) return maskText(maskSections(text));
   if (cmd[0] === "pvesm" && cmd[1] === "status") return maskStatus(text);
@@ -273,6 +299,20 @@ function judge(index: number, recorded: Recorded, answer: Answer, parallel = fal
   return { index, cmd, equal, covered, why, codeDiffers: equal && answer.exit !== recorded.exit };
 }
 
+/** A call that ran beside others was recorded only in part, and its progress depends on the moment. */
+function judgeCut(index: number, recorded: Recorded, answer: Answer): Verdict {
+  const lines = (text: string) =>
+    maskText(text)
+      .split("\n")
+      .filter((line) => !/^progress \d|^trying to acquire lock|^ OK$/.test(line));
+  const [want, got] = [lines(recorded.stdout), lines(answer.stdout)];
+  // What was cut off may have left a half line at either end.
+  const isPart = got.join("\n").includes(want.slice(1, -1).join("\n"));
+  const killed = recorded.exit < 0 ? answer.exit > 128 : (recorded.exit === 0) === (answer.exit === 0);
+  const equal = isPart && killed && lines(recorded.stderr).join("\n") === lines(answer.stderr).join("\n");
+  return { ...judge(index, recorded, answer, true), equal, codeDiffers: false };
+}
+
 /** Calls recorded in parallel run in parallel; who wins is chance, so the answers are compared as a set. */
 function judgeGroup(start: number, group: Recorded[], answers: Answer[]): Verdict[] {
   const left = answers.map((answer, i) => ({ answer, text: masked(group[i]?.cmd ?? [], answer, true) }));
@@ -290,7 +330,10 @@ function judgeGroup(start: number, group: Recorded[], answers: Answer[]): Verdic
 
 const withoutDigits = <T extends Answer>(answer: T): T => ({ ...answer, stdout: answer.stdout.replace(/\d+/g, "N") });
 
-async function replay(file: string, before: Preparation, chance: number[]): Promise<Verdict[]> {
+type Timing = { chance: number[]; together: Record<string, number>; parallel: [number, number][] };
+
+async function replay(file: string, before: Preparation, { chance, together, parallel }: Timing): Promise<Verdict[]> {
+  const running = new Map<number, Promise<Answer>>();
   const recorded = JSON.parse(readFileSync(file, "utf8")) as Recorded[];
   const verdicts: Verdict[] = [];
   const node = new PveNode();
@@ -306,10 +349,30 @@ async function replay(file: string, before: Preparation, chance: number[]): Prom
     for (let index = 0; index < recorded.length; ) {
       const call = recorded[index];
       if (!call) break;
+      for (const [later, start] of Object.entries(together)) {
+        if (start === index) running.set(Number(later), node.call(recorded[Number(later)]?.cmd ?? []));
+      }
       await prepare(String(index));
-      const parallel = /\(1 of (\d+) in parallel/.exec(call.note ?? "");
-      if (parallel) {
-        const group = recorded.slice(index, index + Number(parallel[1]));
+      const beside = running.get(index);
+      const pair = parallel.find(([first]) => first === index);
+      const noted = /\(1 of (\d+) in parallel/.exec(call.note ?? "");
+      if (beside) {
+        verdicts.push(judgeCut(index, call, await beside));
+        index += 1;
+      } else if (pair) {
+        const group = recorded.slice(index, index + pair[1]);
+        const answers = await Promise.all(group.map(({ cmd }) => node.call(cmd)));
+        // The winner is the one that waited for nothing, or did not fail.
+        const rank = (answer: Answer) => (answer.stderr === "" ? 0 : 1);
+        const ranked = (list: Answer[]) => [...list].sort((a, b) => rank(a) - rank(b));
+        const order = ranked(group);
+        for (const [at, answer] of ranked(answers).entries()) {
+          const wanted = order[at] as Recorded;
+          verdicts.push(judgeCut(index + group.indexOf(wanted), wanted, answer));
+        }
+        index += group.length;
+      } else if (noted) {
+        const group = recorded.slice(index, index + Number(noted[1]));
         const answers = await Promise.all(group.map(({ cmd }) => node.call(cmd)));
         verdicts.push(...judgeGroup(index, group, answers));
         index += group.length;
@@ -347,7 +410,7 @@ const isOurs = resolve(folder) === resolve(recordingsFolder());
 
 const memory: Memory = existsSync(memoryFile)
   ? JSON.parse(readFileSync(memoryFile, "utf8"))
-  : { before: {}, chance: {}, equal: {} };
+  : { before: {}, chance: {}, together: {}, parallel: {}, equal: {} };
 // Recordings from elsewhere may bring their own preparation.
 const ownBefore = join(folder, "before.json");
 const before: Memory["before"] = existsSync(ownBefore) ? JSON.parse(readFileSync(ownBefore, "utf8")) : memory.before;
@@ -358,7 +421,14 @@ row("recording", "calls", "covered", "equal", "not covered");
 for (const file of readdirSync(folder).sort()) {
   const name = basename(file, ".json");
   if (!file.endsWith(".json") || file === "before.json" || (only && name !== only)) continue;
-  const verdicts = await replay(join(folder, file), before[name] ?? {}, memory.chance[name] ?? []);
+  const timing = isOurs
+    ? {
+        chance: memory.chance[name] ?? [],
+        together: memory.together[name] ?? {},
+        parallel: memory.parallel[name] ?? [],
+      }
+    : { chance: [], together: {}, parallel: [] };
+  const verdicts = await replay(join(folder, file), before[name] ?? {}, timing);
   const covered = verdicts.filter((v) => v.covered).length;
   const equal = verdicts.filter((v) => v.equal);
   totals.calls += verdicts.length;

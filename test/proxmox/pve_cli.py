@@ -16,6 +16,7 @@ import sys
 from typing import Any, Callable, NamedTuple, Union
 
 import misbehave
+import process_title
 from pve_output import (decode_argument, err, out, print_result, warn_about_locale)
 from pve_schema import (NotCovered, Props, PveError, PveException, Schema, get_options, validate)
 
@@ -249,12 +250,14 @@ def guarded(prog: str, main: Callable[[], Any]) -> None:
 
 def run(prog: str, commands: Commands, argv: list[str]) -> None:
     words = [decode_argument(a) for a in argv]
+    process_title.look_like_perl(prog, argv)
     guarded(prog, lambda: run_command(prog, commands, words))
 
 
 def run_simple(prog: str, command: Command, argv: list[str], prepare: Callable[[], None] | None = None) -> None:
     """A tool without sub-commands (qmrestore, vzdump)."""
     words = [decode_argument(a) for a in argv]
+    process_title.look_like_perl(prog, argv)
 
     def main() -> None:
         misbehave.point(prog, "start")

@@ -16,6 +16,7 @@ import time
 from typing import Any, Callable
 
 from pve_cluster import nodename
+from process_title import set_title
 from pve_output import err
 from pve_schema import NotCovered, PveError
 
@@ -110,6 +111,7 @@ def _be_worker(work: Callable[[str], Any], output_r: int, output_w: int, verdict
         upid = os.read(go_r, 4096).decode()
         if not upid:
             raise PveError("parent setup error\n")
+        set_title([f"task {upid}"])
         work(upid)
     except PveError as error:
         verdict, code = "TASK ERROR: " + error.text().rstrip("\n").replace("\n", " ") + "\n", 255

@@ -13,6 +13,7 @@ from typing import Any, Callable, TypeVar
 import misbehave
 import nfs
 import pve_cluster as cluster
+import thin
 from pve_output import err
 from pve_schema import (NotCovered, Props, PveError, PveException, parse_id, register_format, split_list)
 
@@ -366,6 +367,8 @@ def activate(config: StorageConfig, ident: str, cache: Cache | None = None) -> N
                            f"but is not mounted: '{mountpoint}'\n")
         _make_base(scfg)
         _activate_directory(ident, scfg)
+    elif kind == "lvmthin" and thin.group_exists(scfg):
+        pass
     elif kind in ("lvm", "lvmthin"):
         raise PveError(f"no such volume group '{scfg['vgname']}'\n")
     elif kind == "zfspool":

@@ -11,12 +11,14 @@ from typing import Any, Callable, TypeVar
 
 import misbehave
 import pve_cluster as cluster
+import thin
 from pve_output import err, out
 from pve_schema import NotCovered, PveError, parse_id, parse_property_string, print_property_string
 from storage import (BACKUP_EXT, CONTENT_ORDER, Config, FORMATS, StorageConfig, activate, is_volume_id,
                      parse_volume_id, subdir)
 
 T = TypeVar("T")
+LARGEST_FILE = (16 << 40) - 4096   # of ext4, where a node keeps its images
 
 # --- volume names -----------------------------------------------------------------------
 
@@ -62,6 +64,9 @@ def volume_path(config: StorageConfig, volid: str) -> tuple[str, Volume]:
     """Where a volume lies; it need not exist."""
     ident, volname = parse_volume_id(volid)
     scfg = config.get(ident)
+    if scfg["type"] == "lvmthin":
+        vmid, is_base = thin.parse(volname)
+        return thin.path(scfg, volname), Volume("images", volname, vmid, is_base=is_base)
     if "path" not in scfg:
         raise NotCovered(f"volumes on a storage of type '{scfg['type']}'")
     volume = parse_volname(volname)
@@ -129,6 +134,8 @@ def image_info(path: str, fmt: str) -> dict[str, Any]:
 
 
 def list_images(ident: str, scfg: Config, vmid: int | None = None) -> list[dict[str, Any]]:
+    if scfg["type"] == "lvmthin":
+        return thin.images(ident, scfg, vmid)
     found = []
     base = subdir(scfg, "images")
     formats = FORMATS.get(scfg["type"], ("raw", ""))[0].split()
@@ -247,6 +254,9 @@ def create_image(path: str, fmt: str, kib: int, scfg: Config | None = None) -> N
         mode = "off" if mode in (None, "metadata") else mode
     elif fmt == "qcow2":
         mode = mode or "metadata"
+    if fmt == "raw" and kib * 1024 > LARGEST_FILE:   # qemu-img says so itself, but not on every file system
+        out(f"Formatting '{path}', fmt=raw size={kib * 1024} preallocation={mode}\n")
+        raise PveError(f"unable to create image: qemu-img: {path}: The image size is too large for file format 'raw'\n")
     command = ["/usr/bin/qemu-img", "create"]
     if fmt in ("raw", "qcow2"):
         command += ["-o", f"preallocation={mode}"]
@@ -267,6 +277,8 @@ def vdisk_alloc(config: StorageConfig, ident: str, vmid: int | str, fmt: str | N
     number = int(vmid)
     fmt = fmt or scfg.get("format") or FORMATS.get(scfg["type"], ("raw", "raw"))[1]
     activate(config, ident)
+    if scfg["type"] == "lvmthin":
+        return f"{ident}:" + lock_storage(ident, scfg, lambda: thin.alloc(ident, scfg, number, fmt, name, kib))
     if "path" not in scfg:
         raise NotCovered(f"volumes on a storage of type '{scfg['type']}'")
 
@@ -315,6 +327,8 @@ def _rmdir_quietly(path: str) -> None:
 def is_base_in_use(config: StorageConfig, volid: str) -> bool:
     """Does any image on the storage have this base image as its parent?"""
     ident, volname = parse_volume_id(volid)
+    if config.get(ident)["type"] == "lvmthin":
+        return False   # only LVM knows the clones of a thin volume: Proxmox lets their base go
     volume = parse_volname(volname)
     if not volume.is_base:
         return False
@@ -335,7 +349,12 @@ def vdisk_free(config: StorageConfig, volid: str) -> None:
         if volume.content == "backup" and os.path.exists(path + ".protected"):
             raise PveError(f"cannot remove protected volume '{volname}' on '{ident}'\n")
         misbehave.point(f"storage.{ident}", "free")
-        if volume.is_base:
+        if scfg["type"] == "lvmthin":
+            return thin.free(scfg, volname)
+        if volume.is_base and misbehave.is_set("no-chattr"):
+            err(f"command '/usr/bin/chattr -i {path}' failed: open3: exec of /usr/bin/chattr -i {path} failed: "
+                "No such file or directory at /usr/share/perl5/PVE/Cmd.pm line 174.\n")
+        elif volume.is_base:
             subprocess.run(["/usr/bin/chattr", "-i", path], stderr=subprocess.DEVNULL, check=False)
         if not os.path.lexists(path) or os.path.isdir(path):
             err(f"disk image '{path}' does not exist\n")
