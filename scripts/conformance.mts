@@ -167,7 +167,7 @@ function maskText(text: string): string {
       .replace(/(\.vma\.(?:zst|gz|lzo) +vma\.\w+ +backup +)[1-9]\d*/g, "$1*")
       .replace(/\/var\/log\/pve\/tasks\/[0-9A-F]\//g, "/var/log/pve/tasks/*/")
       // A decompressor's complaint comes when it comes, among the lines of who reads from it.
-    .replace(/^([\s\S]*?)^(\/\S+ : Read error.*\n)([\s\S]*)$/gm, "$1$3$2")
+      .replace(/^([\s\S]*?)^(\/\S+ : Read error.*\n)([\s\S]*)$/gm, "$1$3$2")
       .replace(/duration \d+ sec/g, "duration * sec")
   );
 }
