@@ -20,7 +20,7 @@ abstract class Failure extends Error {
   constructor({ what, command, stderr, next }: Told, cause?: unknown) {
     const said = stderr === undefined ? "" : printable(stderr).trim().slice(-4000);
     super(
-      [what, command && `$ ${command}`, said, next].filter(Boolean).join("\n"),
+      printable([what, command && `$ ${command}`, said, next].filter(Boolean).join("\n")),
       cause === undefined ? {} : { cause },
     );
     this.name = new.target.name;

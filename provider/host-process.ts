@@ -11,6 +11,8 @@ export interface Ended {
   stderr: string;
   /** The deadline passed first. */
   late: boolean;
+  /** It said more than anybody wants to hold. */
+  flood: boolean;
   /** There is no such program here. */
   missing: boolean;
 }
@@ -153,6 +155,7 @@ export async function finished(file: string, args: readonly string[], s: Start):
     stdout: Buffer.concat(out).toString("utf8"),
     stderr: Buffer.concat(err).toString("utf8"),
     late,
+    flood: size > LIMIT,
     missing: ended !== "given up" && ended.code === "ENOENT",
   };
 }
@@ -215,6 +218,7 @@ export async function held(
       stdout,
       stderr,
       late,
+      flood: false,
       missing: !late && outcome.code === "ENOENT",
     };
   }

@@ -50,29 +50,28 @@ function home(): string {
 /**
  * The configuration that ssh is given: the user's, the system's, and last our own defaults, so that nothing of ours
  * wins over ssh_config. `Match final`: also not over a `Match final` of the user's, which ssh reads in a second round.
+ * `originalhost`: not for a bastion that only ssh_config names, which is reached as by hand.
  */
-function configuration(configFile: string | undefined, cwd: string): string {
+function configuration({ configFile, host, proxy }: Connection, cwd: string): string {
   const user = (configFile ?? "~/.ssh/config").replace(/^~(?=\/)/, home());
   const path = isAbsolute(user) ? user : resolvePath(cwd, user);
-  const known = configs.get(path);
-  if (known !== undefined) return known;
   // ssh passes over an Include that is not there; a file that the program names has to be there.
   if (configFile !== undefined && !existsSync(path))
     throw new Trouble(
       `its \`configFile\` ${path} is not there`,
       "A relative path starts at the folder of the project.",
     );
-  const made = privateFile(
-    [
-      `Include ${globless(path)}`,
-      'Include "/etc/ssh/ssh_config"',
-      "Match final all",
-      "  User root",
-      "  ConnectTimeout 15",
-      "",
-    ].join("\n"),
-  );
-  configs.set(path, made);
+  const names = [...new Set([host, ...(proxy === undefined ? [] : [proxy.host])])].join(",");
+  const text = [
+    `Include ${globless(path)}`,
+    'Include "/etc/ssh/ssh_config"',
+    `Match final originalhost ${names}`,
+    "  User root",
+    "  ConnectTimeout 15",
+    "",
+  ].join("\n");
+  const made = configs.get(text) ?? privateFile(text);
+  configs.set(text, made);
   return made;
 }
 
@@ -133,21 +132,21 @@ function agentFor(key: string, passphrase: string | undefined): Promise<{ socket
   const id = hash(`${key}\0${passphrase ?? ""}`);
   const known = agents.get(id);
   if (known !== undefined) return known;
-  const made = startAgent(id, key, passphrase);
+  const made = startAgent(key, passphrase);
   agents.set(id, made);
   made.catch(() => agents.delete(id));
   return made;
 }
 
 /** One ssh-agent per key: the key reaches it through a pipe, so it is in no file and in no argv. */
-async function startAgent(id: string, key: string, passphrase: string | undefined) {
+async function startAgent(key: string, passphrase: string | undefined) {
   const next = "Check `privateKey` and `privateKeyPassword`.";
   const socket = join(privateFolder(), `a${++files}`);
   const agent = await held(
     "ssh-agent",
     ["-a", socket, "sh", "-c", "echo ready $SSH_AGENT_PID.; exec cat >/dev/null"],
     ".\n",
-    10,
+    20,
   );
   if (!("close" in agent)) {
     if (agent.missing) throw noSsh();
@@ -184,12 +183,12 @@ async function startAgent(id: string, key: string, passphrase: string | undefine
       passphrase === undefined ? "it is damaged, or it has a passphrase" : "it is damaged, or the passphrase is wrong";
     throw new Trouble(`\`privateKey\` cannot be used: ${why}`, next, listed.stderr.replaceAll(key, "(the key)"));
   }
-  return { socket, publicKey: privateFile(listed.stdout, `-${id}.pub`) };
+  return { socket, publicKey: privateFile(listed.stdout, ".pub") };
 }
 
 /** What ssh would do for this host, asked of ssh itself: aliases, users and ports of ssh_config are resolved by it alone. */
 export async function destination(connection: Connection, cwd: string): Promise<Destination> {
-  const made = await options(connection, configuration(connection.configFile, cwd), "host");
+  const made = await options(connection, configuration(connection, cwd), "host");
   const asked = await finished("ssh", [...made, "-G", "--", connection.host], { seconds: 20 });
   if (asked.missing) throw noSsh();
   if (asked.exit !== 0)
@@ -215,6 +214,11 @@ export class Ssh {
 
   constructor(to: Destination) {
     this.#to = to;
+  }
+
+  /** There is a connection; whoever comes while one is being opened waits for that one. */
+  async ready(): Promise<void> {
+    await this.#open();
   }
 
   /** Runs one string in the login shell there. Only what certainly did not start is tried again. */
@@ -248,6 +252,10 @@ export class Ssh {
   }
 
   #open(): Promise<{ held: Held; path: string }> {
+    // A thousand resources of a host that is off must not each wait for it anew.
+    if (this.#master === undefined && this.#failed !== undefined && Date.now() < this.#failed.until)
+      return Promise.reject(this.#failed.trouble);
+    const began = Date.now();
     const opening = this.#master ?? this.#dial();
     if (opening === this.#master)
       return opening.then((master) => {
@@ -261,14 +269,19 @@ export class Ssh {
         this.#current = held;
         this.opened++;
       },
-      () => {
+      (trouble: unknown) => {
         this.#master = undefined;
+        // What a person cures at once is asked anew at once; the rest counts as long as it took to learn, 5 s at most.
+        const lasting = !(trouble instanceof Trouble) || trouble.lasting;
+        const now = Date.now();
+        this.#failed = lasting ? undefined : { trouble, until: now + Math.min(now - began, 5000) };
       },
     );
     return opening;
   }
 
   #current: Held | undefined;
+  #failed: { trouble: Trouble; until: number } | undefined;
 
   // Not closed: sessions that are still running on it keep it, and it ends with the last of them or with us.
   #drop(held: Held): void {

@@ -133,6 +133,10 @@ class Machine {
   }
 
   async run(name: string, command: Command, starts?: () => void): Promise<Answer> {
+    // Before the queue: all who wait for a connection share its failure, instead of eight of them at a time.
+    await this.#ssh?.ready().catch((cause) => {
+      throw unreachable(name, command, cause);
+    });
     await this.#turn();
     try {
       starts?.();
@@ -155,9 +159,7 @@ class Machine {
     const words: Argv = ["sh", "-c", AROUND, "vmbackup", nonce, this.#sudo ? "sudo" : "", ...command.argv];
     const ended = await this.#start(words, { stdin: command.stdin, seconds, trailer: `\u001e${nonce} ` }).catch(
       (cause) => {
-        if (!(cause instanceof Trouble)) throw cause;
-        const what = `Unable to ${why}: ${name} cannot be reached: ${cause.message}.`;
-        throw new HostUnreachable({ what, stderr: cause.stderr, next: cause.next }, cause);
+        throw unreachable(name, command, cause);
       },
     );
     const trailer = new RegExp(`\\n?\\u001e${nonce} (\\d+)\\n`).exec(ended.stderr);
@@ -165,6 +167,12 @@ class Machine {
     const exit = trailer === null ? ended.exit : Number(trailer[1]);
     if (exit === 0 && trailer !== null) return { stdout: ended.stdout, stderr };
     const told = { command: shown(command), stderr };
+    if (ended.flood)
+      throw new UnreadableReport({
+        ...told,
+        what: `Unable to ${why}: ${name} answered with more than 64 MiB.`,
+        next: "Run the command by hand on the host.",
+      });
     if (ended.late && trailer === null)
       throw new HostUnreachable({
         ...told,
@@ -210,6 +218,12 @@ class Machine {
     if (ledgerId !== undefined) this.#identity = { of: this.#ssh?.opened ?? 0, known: { machineId, ledgerId } };
     return { machineId, ledgerId };
   }
+}
+
+function unreachable(name: string, { why }: { why: string }, cause: unknown): unknown {
+  if (!(cause instanceof Trouble)) return cause;
+  const what = `Unable to ${why}: ${name} cannot be reached: ${cause.message}.`;
+  return new HostUnreachable({ what, stderr: cause.stderr, next: cause.next }, cause);
 }
 
 // biome-ignore format: a table
@@ -297,9 +311,7 @@ function handle(name: string, connection: Connection, cwd: string): Host {
     found ??= machineOf(connection, cwd);
     return found.catch((cause) => {
       found = undefined;
-      if (!(cause instanceof Trouble)) throw cause;
-      const what = `Unable to ${why}: ${name} cannot be reached: ${cause.message}.`;
-      throw new HostUnreachable({ what, stderr: cause.stderr, next: cause.next }, cause);
+      throw unreachable(name, { why }, cause);
     });
   };
   const host: Host = {

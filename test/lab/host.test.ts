@@ -2,7 +2,7 @@
 // when they die.
 import { execFileSync, spawn } from "node:child_process";
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { tmpdir, userInfo } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import * as ts from "typescript";
@@ -10,7 +10,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import * as z from "zod";
 import { closeAll, connect, type Host } from "../../provider/host.js";
 import { fenced, hooks, type Line } from "../../provider/host-ledger.js";
-import { useHosts } from "./lab.js";
+import { suffix, useHosts } from "./lab.js";
 
 const { near, far } = useHosts({ near: {}, far: {} });
 let folder: string;
@@ -187,8 +187,12 @@ describe("the login", () => {
 
 describe("a host that does not answer", () => {
   it("has a closed port", async () => {
-    const { message } = await failure(connect({ ...good(), port: 2, dialErrorLimit: 2 }));
-    expect(message).toContain(`nothing listens on port 2 of ${near.address}`);
+    // A hundred at once share the attempts.
+    const start = Date.now();
+    const host = connect({ ...good(), port: 2, dialErrorLimit: 2 });
+    for (const { message } of await Promise.all(Array.from({ length: 100 }, () => failure(host))))
+      expect(message).toContain(`nothing listens on port 2 of ${near.address}`);
+    expect(Date.now() - start).toBeLessThan(5000);
   });
   it("has no name", async () => {
     const { message } = await failure(connect({ ...good(), host: "no-such-host.invalid" }));
@@ -236,6 +240,20 @@ describe("ssh_config", () => {
     // Relative to the folder of the project.
     const relative = { configFile: file.slice(folder.length + 1) };
     expect(await who(connect("n4", relative, folder))).toMatch(/^deploy /);
+  });
+});
+
+describe("a bastion of ssh_config", () => {
+  it("is reached as by hand: our defaults are not its", async () => {
+    const key = join(folder, "jumpkey");
+    writeFileSync(key, near.privateKey, { mode: 0o600 });
+    const text = `Host jump\n  HostName ${near.address}\nHost inner\n  HostName ${far.address}\n  ProxyJump jump\nHost *\n  IdentityFile ${key}\n  IdentitiesOnly yes\nMatch final originalhost jump\n  User deploy\n`;
+    const { configFile: file } = configFile(text, `${near.address} ${near.hostKey}\n${far.address} ${far.hostKey}\n`);
+    expect(await who(connect("inner", { configFile: file }))).toMatch(new RegExp(`^root ${far.name} ${near.address} `));
+    // Without a `User` it is this machine's login name, as `ssh jump` has it.
+    const plain = configFile(text.split("Match final")[0], `${near.address} ${near.hostKey}\n`).configFile;
+    const config = ["-F", plain, "-G", "jump"];
+    expect(execFileSync("ssh", config, { encoding: "utf8" })).toContain(`user ${userInfo().username}\n`);
   });
 });
 
@@ -434,8 +452,10 @@ describe("connections", () => {
     const running = host.run({ why: "wait", argv: ["sleep", "300"], timeout: 300 }).catch((e) => e);
     await sleep(500);
     const start = Date.now();
-    await far.crash();
+    // No more packets, not even a goodbye.
+    execFileSync("ip", ["-n", `lab${suffix}`, "link", "set", `c${far.address.split(".").at(-1)}`, "down"]);
     expect((await running).name).toBe("HostUnreachable");
+    expect(Date.now() - start).toBeGreaterThan(10_000);
     expect(Date.now() - start).toBeLessThan(40_000);
   });
 });
