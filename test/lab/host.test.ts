@@ -252,7 +252,7 @@ describe("a bastion of ssh_config", () => {
     expect(await who(connect("inner", { configFile: file }))).toMatch(new RegExp(`^root ${far.name} ${near.address} `));
     // Without a `User` it is this machine's login name, as `ssh jump` has it.
     const plain = configFile(text.split("Match final")[0], `${near.address} ${near.hostKey}\n`).configFile;
-    const config = ["-F", plain, "-G", "jump"];
+    const config = ["-F", plain, "-T", "-G", "jump"];
     expect(execFileSync("ssh", config, { encoding: "utf8" })).toContain(`user ${userInfo().username}\n`);
   });
 });
