@@ -1,7 +1,8 @@
 import { defineConfig } from "vitest/config";
 
 // unit: no root, no lab, seconds. lab: real hosts. engine: the real `pulumi up` against them.
-// One after the other, so that a slow boot or a Go program in the back never makes a timeout of another.
+// One after the other, so that a slow boot or a Go program in the back never makes a timeout of another. (Not from 0: vitest
+// puts a project of one worker with that number last.)
 export default defineConfig({
   test: {
     reporters: ["./scripts/skipped-reporter.mts", "default"],
@@ -10,7 +11,7 @@ export default defineConfig({
         test: {
           name: "unit",
           include: ["test/unit/**/*.test.ts", "test/*.test.ts"],
-          sequence: { groupOrder: 0 },
+          sequence: { groupOrder: 1 },
         },
       },
       {
@@ -23,7 +24,7 @@ export default defineConfig({
           hookTimeout: 600_000,
           // Hosts are processes of this machine: more files at once would only wait for its cores.
           maxWorkers: 2,
-          sequence: { groupOrder: 1 },
+          sequence: { groupOrder: 2 },
         },
       },
       {
@@ -34,7 +35,7 @@ export default defineConfig({
           testTimeout: 900_000,
           hookTimeout: 600_000,
           maxWorkers: 2,
-          sequence: { groupOrder: 2 },
+          sequence: { groupOrder: 3 },
         },
       },
       {
@@ -47,7 +48,7 @@ export default defineConfig({
           hookTimeout: 600_000,
           maxWorkers: 1,
           disableConsoleIntercept: true,
-          sequence: { groupOrder: 3 },
+          sequence: { groupOrder: 4 },
         },
       },
     ],
