@@ -438,8 +438,8 @@ class _Backup:
         try:
             vma.write(stream, configs, drives, on_run=progress)
             stream.close()
-        except BrokenPipeError:
-            process = process or subprocess.Popen(["false"])
+        except BrokenPipeError:  # the compressor ended: mostly no room for what it wrote
+            raise PveError("vma_queue_write: write error - Broken pipe\n")
         except BaseException:
             if process:
                 process.kill()

@@ -12,6 +12,7 @@ from guest_schema import VMID, flag, text, whole
 from pve_cli import Alias, Command, Method, run, run_simple
 from pve_cluster import nodename
 from pve_output import err, out
+from pve_schema import NotCovered
 from pve_tasks import upid_exit_code
 
 
@@ -51,7 +52,12 @@ def _unknown(group, *required, **optional):
     params = {}
     for name in required:
         params[name] = VMID if name in ("vmid", "target-vmid") else {"type": "string"}
-    return Method("POST", "", {**params, **{k.replace("_", "-"): v for k, v in optional.items()}}, group=group)
+    method = Method("POST", "", {**params, **{k.replace("_", "-"): v for k, v in optional.items()}}, group=group)
+
+    @method
+    def _(given):
+        raise NotCovered(f"this command of qm (parameters {', '.join(sorted(given))})")
+    return method
 
 
 def qm_commands():
@@ -75,15 +81,14 @@ def qm_commands():
         method.params["timeout"] = whole()
         return Command(method, [*args, "extra-args"])
 
-    move = _unknown(api, "vmid", "disk", storage=text(), delete=flag())
     remote = Method("POST", "", {"vmid": VMID, "target-vmid": {**VMID, "optional": 1}, "target-endpoint": {"type": "string"},
                                  "target-bridge": {"type": "string"}, "target-storage": {"type": "string"},
                                  "online": flag()}, group=cli)
     return {
         "cloudinit": {"dump": gap(api, "vmid", "type", options=False), "pending": gap(api, "vmid", options=False),
                       "update": gap(api, "vmid", options=False)},
-        "disk": {"move": Command(move, ["vmid", "disk", "storage"], fixed),
-                 "resize": gap(api, "vmid", "disk", "size"),
+        "disk": {"move": task(guest_clone.MOVE, "vmid", "disk", "storage"),
+                 "resize": Command(guest_clone.RESIZE, ["vmid", "disk", "size"], fixed),
                  "unlink": gap(api, "vmid", required=("idlist",)),
                  "import": gap(cli, "vmid", "source", "storage"),
                  "rescan": Command(guests.RESCAN, [])},

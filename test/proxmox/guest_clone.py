@@ -1,4 +1,4 @@
-"""Templates and clones."""
+"""Templates, clones, moving a disk to another storage and making it larger."""
 
 import contextlib
 import os
@@ -210,3 +210,109 @@ def human(size, digits=1):
             return f"{size:.{digits}f} {unit}"
         size /= 1024
     return f"{size:.{digits}f} TiB"
+
+
+# ---------------------------------------------------------------- one disk
+
+MOVE = method("POST", "/{vmid}/move_disk", {
+    "disk": {"type": "string", "enum": [*DRIVES, *(f"unused{n}" for n in range(256))]}, "storage": STORAGE_ID,
+    "target-vmid": {**VMID, "optional": 1}, "target-disk": text(), "format": text(enum=["raw", "qcow2", "vmdk"]),
+    "delete": flag(default=0), "digest": text(maxLength=40), "target-digest": text(maxLength=40),
+    "bwlimit": whole(minimum=0)})
+
+
+@MOVE
+def _(params):
+    vmid, disk, storeid = params["vmid"], params["disk"], params.get("storage")
+    if params.get("target-vmid"):
+        raise NotCovered("moving a disk to another guest")
+    if not storeid:
+        raise param_error({"storage": "'storage' or 'target-vmid' need to be set"})
+
+    def check():
+        conf = gc.load(vmid)
+        gc.assert_unlocked(conf)
+        if params.get("digest") and params["digest"] != conf["digest"]:
+            raise PveError("detected modified configuration - file changed by other user? Try again.\n")
+        drive = _disk_of(conf, disk)
+        if gc.is_cdrom(drive, True):
+            raise PveError("you can't move a cdrom\n")
+        old_id, old_name = gv.split_volid(drive["file"])
+        wanted = params.get("format")
+        if old_id == storeid and wanted in (None, gv.parse_volname(gv.storage(old_id), old_name).format):
+            raise PveError("you can't move to the same storage with same format\n")
+        if "images" not in gv.content_of(gv.enabled_storage(storeid)):
+            raise param_error({"storage": f"storage '{storeid}' does not support vm images"})
+        return conf, drive, old_id
+
+    check()
+
+    def work(_upid):
+        with gc.config_lock(vmid):
+            conf, drive, old_id = check()
+            old = drive["file"]
+            out(f"copying volume '{old}' from current storage '{old_id}' to target storage '{storeid}'\n")
+            made = []
+            try:
+                volid = _clone_disk(disk, drive, True, {**params, "newid": vmid}, made)
+                drive.pop("format", None)
+                drive.update(file=volid, size=gv.size_of(gv.storage(storeid), gv.split_volid(volid)[1]))
+                conf[disk] = gc.print_drive(disk, drive)
+                if not params.get("delete"):
+                    out(f"adding source volume '{old}' as '{gc.add_unused(conf, old)}' to config\n")
+                if conf.get("template"):
+                    make_template(vmid, conf, disk)
+                gc.write(vmid, conf)
+            except PveError as error:
+                for volid in made:
+                    try_free(volid)
+                raise PveError(f"storage migration failed: {error.text()}")
+            if params.get("delete"):
+                out(f"removing source volume '{old}' after successful copy\n")
+                try_free(old)
+
+    return worker("qmmove", vmid, work)
+
+
+def _disk_of(conf, disk):
+    drive = gc.parse_drive(disk, conf[disk]) if disk in conf else None
+    if not drive:
+        raise PveError(f"disk '{disk}' does not exist\n")
+    return drive
+
+
+RESIZE = method("PUT", "/{vmid}/resize", {
+    "disk": {"type": "string", "enum": list(DRIVES)}, "size": {"type": "string", "pattern": r"\+?\d+(\.\d+)?[KMGT]?"},
+    "skiplock": flag(), "digest": text(maxLength=40)})
+
+
+@RESIZE
+def _(params):
+    vmid, disk = params["vmid"], params["disk"]
+
+    def work(_upid):
+        with gc.config_lock(vmid):
+            conf = gc.load(vmid)
+            if params.get("digest") and params["digest"] != conf["digest"]:
+                raise PveError("checksum mismatch (file change by other user?)\n")
+            if not params.get("skiplock"):
+                gc.assert_unlocked(conf)
+            drive = _disk_of(conf, disk)
+            if gc.is_cdrom(drive):
+                raise PveError("you can't resize a cdrom\n")
+            storeid, volname = gv.split_volid(drive["file"])
+            scfg = gv.storage(storeid)
+            size = gv.size_of(scfg, volname)
+            if size is None:
+                raise PveError(f"Could not determine current size of volume '{drive['file']}'\n")
+            wanted = gc.size_in_bytes(params["size"].lstrip("+")) + (size if params["size"].startswith("+") else 0)
+            if wanted < size:
+                raise PveError("shrinking disks is not supported\n")
+            if wanted == size:
+                return
+            gv.resize(scfg, volname, wanted)
+            drive["size"] = wanted
+            conf[disk] = gc.print_drive(disk, drive)
+            gc.write(vmid, conf)
+
+    return worker("resize", vmid, work)

@@ -8,6 +8,7 @@ import guest_volumes as gv
 from guest_schema import DRIVES
 from pve_output import err, out
 from pve_schema import NotCovered, PveError, param_error
+from pve_tasks import log_warn
 
 
 def owner_of(storeid, volname):
@@ -26,7 +27,7 @@ def each_owned(conf, vmid, unused=True):
             if owner_of(storeid, volname) == int(vmid):
                 yield key, drive, storeid, volname
         except PveError as error:
-            err(f"WARN: failed to get path and owner of volume '{drive['file']}': {error.text()}")
+            log_warn(f"failed to get path and owner of volume '{drive['file']}': {error.text()}")
 
 
 def normalise_drives(params):
@@ -115,9 +116,9 @@ def create_disks(vmid, conf, params, default_storage=None):
     return made, result
 
 
-def try_free(volid, prefix=""):
+def try_free(volid, complain=err):
     try:
         storeid, volname = gv.split_volid(volid)
         gv.free(storeid, volname)
     except PveError as error:
-        err(prefix + error.text())
+        complain(error.text())

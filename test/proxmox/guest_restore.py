@@ -188,6 +188,8 @@ class _Job:
                 target.finish()
         except vma.VmaError as error:
             self._trap(str(error))
+        except OSError as error:  # no room
+            self._trap(f"blk_pwrite to  failed ({-(error.errno or 5)})")
         misbehave.point("qmrestore", "written")
 
     def _trap(self, reason):

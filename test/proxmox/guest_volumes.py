@@ -218,6 +218,17 @@ def clone(storeid, scfg, volname, vmid):
     return f"{storeid}:{vo.lock_storage(storeid, scfg, link)}"
 
 
+def resize(scfg, volname, size):
+    if is_thin(scfg):
+        return thin.resize(scfg, volname, size)
+    fmt = parse_volname(scfg, volname).format
+    if fmt not in ("raw", "qcow2"):
+        raise PveError("can't resize this image format\n")
+    mode = scfg.get("preallocation")
+    mode = (mode or "metadata") if fmt == "qcow2" else "off" if mode in (None, "metadata") else mode
+    run(["/usr/bin/qemu-img", "resize", f"--preallocation={mode}", "-f", fmt, path(scfg, volname), str(size)])
+
+
 # ---------------------------------------------------------------- raw access for archives
 
 @contextlib.contextmanager

@@ -17,13 +17,14 @@ from guest_schema import CONFIG, DRIVES, VMID, flag, options, text, whole
 from pve_cli import Method
 from pve_output import err, out
 from pve_schema import PveError, param_error, split_list
+from pve_tasks import log_warn
 
 
 # ---------------------------------------------------------------- configuration
 
 UPDATE = {"skiplock": flag(), "delete": text(format="pve-configid-list"), "revert": text(format="pve-configid-list"),
-          "force": flag(), "digest": text(maxLength=40)}
-UPDATE_VM = method("PUT", "/{vmid}/config", {**options(), **UPDATE})
+          "force": flag(requires="delete"), "digest": text(maxLength=40)}
+UPDATE_VM = method("PUT", "/{vmid}/config", {**options(), **UPDATE}, returns={"type": "null"})
 
 
 @UPDATE_VM
@@ -69,6 +70,15 @@ def _(params):
             _delete_option(vmid, conf, name, force)
         _apply(vmid, conf, params)
         gc.write(vmid, conf)
+
+
+UPDATE_ASYNC = method("POST", "/{vmid}/config", {**options(), **UPDATE, "background_delay": whole(minimum=1, maximum=30)})
+
+
+@UPDATE_ASYNC
+def _(params):
+    params.pop("background_delay", None)
+    return worker("qmconfig", params["vmid"], lambda _upid: UPDATE_VM.function(params))
 
 
 def _delete_option(vmid, conf, name, force):
@@ -222,13 +232,14 @@ def destroy(vmid, skiplock=False, unreferenced=False):
                 raise PveError(f"base volume '{drive['file']}' is still in use by linked cloned\n")
     gone = set()
     for part in (conf, conf["pending"]):
-        for _, drive, storeid, volname in each_owned(part, vmid):
+        for _, drive, _, _ in each_owned(part, vmid):
             if drive["file"] not in gone:
                 gone.add(drive["file"])
-                try_free(drive["file"], f"WARN: Could not remove disk '{drive['file']}', check manually: ")
+                volid = drive["file"]
+                try_free(volid, lambda why, volid=volid: log_warn(f"Could not remove disk '{volid}', check manually: {why}"))
     if unreferenced:
         for image in gv.list_all_images(vmid):
-            try_free(image["volid"], "WARN: ")
+            try_free(image["volid"], log_warn)
     gc.write(vmid, {"lock": "destroyed"})
 
 

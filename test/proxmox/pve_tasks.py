@@ -28,6 +28,16 @@ class Interrupted(PveError):
     pass
 
 
+_warnings = 0
+
+
+def log_warn(message: str) -> None:
+    """A warning that makes a task end with `WARNINGS: n` instead of OK; the command still exits 0."""
+    global _warnings
+    err("WARN: " + message.rstrip("\n") + "\n")
+    _warnings += 1
+
+
 def encode_upid(pid: int, pstart: int, started: int, kind: str, ident: str, user: str = "root@pam") -> str:
     return f"UPID:{nodename()}:{pid:08X}:{pstart:08X}:{started:08X}:{kind}:{ident}:{user}:"
 
@@ -113,6 +123,8 @@ def _be_worker(work: Callable[[str], Any], output_r: int, output_w: int, verdict
             raise PveError("parent setup error\n")
         set_title([f"task {upid}"])
         work(upid)
+        if _warnings:
+            verdict = f"TASK WARNINGS: {_warnings}\n"
     except PveError as error:
         verdict, code = "TASK ERROR: " + error.text().rstrip("\n").replace("\n", " ") + "\n", 255
     except NotCovered as gap:
@@ -161,6 +173,9 @@ def _tee(pid: int, output: int, verdict: int, log: Any) -> None:
     os.close(verdict)
     if word.startswith("TASK ERROR: "):
         err(word[len("TASK ERROR: "):])
+        log.write(b"\n" + word.encode())
+    elif word.startswith("TASK WARNINGS: "):
+        err(f"Task finished with {word.split()[-1]} warning(s)!\n")
         log.write(b"\n" + word.encode())
     elif word.startswith("TASK OK"):
         log.write(word.encode())

@@ -76,6 +76,18 @@ def _link(scfg, name):
         os.symlink(file_of(scfg, name), path(scfg, name))
 
 
+def resize(scfg, volname, size):
+    size = -(-size // EXTENT) * EXTENT
+    os.truncate(file_of(scfg, volname), size)
+    out(f"  Logical volume {scfg['vgname']}/{volname} successfully resized.\n")
+
+
+def status():
+    """(total, available, used): of the file system below."""
+    stat = os.statvfs(ROOT)
+    return (stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, (stat.f_blocks - stat.f_bfree) * stat.f_frsize)
+
+
 def free(scfg, volname):
     if not os.path.exists(file_of(scfg, volname)):
         return
