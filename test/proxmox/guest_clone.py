@@ -57,6 +57,7 @@ def make_template(vmid, conf, only=None):
             drive["file"] = gv.create_base(storeid, scfg, volname)
             conf[key] = gc.print_drive(key, drive)
             gc.write(vmid, conf)
+            misbehave.point("qm.template", "disk")
 
 
 CLONE = method("POST", "/{vmid}/clone", {
@@ -149,6 +150,7 @@ def _clone(params, new, disks):
             drive.update(file=volid, size=gv.size_of(gv.storage(storeid), volname))
             new[key] = gc.print_drive(key, drive)
             gc.write(newid, new)
+            misbehave.point("qm.clone", "disk")
         del new["lock"]
         gc.write(newid, new)
         if params.get("pool"):

@@ -6,6 +6,7 @@ import uuid
 
 import guest_config as gc
 import guest_volumes as gv
+import misbehave
 import guests
 from guest_api import BASE, GROUP, add_to_pool, assert_pool, worker
 from guest_clone import make_template
@@ -62,6 +63,7 @@ def _(params):
         gc.create_and_lock(vmid, given["force"])
     except PveError as error:
         raise PveError(f"{what} {error.text()}")
+    misbehave.point("qmrestore" if archive else "qm.create", "reserved")
     if archive:
         return worker("qmrestore", vmid, lambda _upid: _restore(vmid, given, params, what))
     return worker("qmcreate", vmid, lambda _upid: _create(vmid, given, params, what))

@@ -54,8 +54,39 @@ def _hotplug(value):
         return value
     for part in re.split(r"[\s,;]+", value):
         if part not in ("network", "disk", "cpu", "memory", "usb", "cloudinit"):
-            raise PveError(f"unknown hotplug feature '{part}'\n")
+            raise PveError(f"invalid hotplug feature '{part}'\n")
     return value
+
+
+def _startup(value):
+    for part in re.split(r"[\s,;]+", value):
+        if not re.fullmatch(r"(?:(?:order=)?\d+|(?:up|down)=\d+)", part):
+            raise PveError("unable to parse startup options\n")
+    return value
+
+
+CPU_TYPES = set("""486 athlon Broadwell Broadwell-IBRS Broadwell-noTSX Broadwell-noTSX-IBRS Cascadelake-Server
+    Cascadelake-Server-noTSX Cascadelake-Server-v2 Cascadelake-Server-v4 Cascadelake-Server-v5 ClearwaterForest Conroe
+    Cooperlake Cooperlake-v2 core2duo coreduo EPYC EPYC-Genoa EPYC-Genoa-v2 EPYC-IBPB EPYC-Milan EPYC-Milan-v2
+    EPYC-Milan-v3 EPYC-Rome EPYC-Rome-v2 EPYC-Rome-v3 EPYC-Rome-v4 EPYC-Rome-v5 EPYC-Turin EPYC-v3 EPYC-v4 EPYC-v5
+    GraniteRapids GraniteRapids-v2 Haswell Haswell-IBRS Haswell-noTSX Haswell-noTSX-IBRS host Icelake-Client
+    Icelake-Client-noTSX Icelake-Server Icelake-Server-noTSX Icelake-Server-v3 Icelake-Server-v4 Icelake-Server-v5
+    Icelake-Server-v6 Icelake-Server-v7 IvyBridge IvyBridge-IBRS KnightsMill kvm32 kvm64 max Nehalem Nehalem-IBRS
+    Opteron_G1 Opteron_G2 Opteron_G3 Opteron_G4 Opteron_G5 Penryn pentium pentium2 pentium3 phenom qemu32 qemu64
+    SandyBridge SandyBridge-IBRS SapphireRapids SapphireRapids-v2 SapphireRapids-v3 SierraForest SierraForest-v2
+    Skylake-Client Skylake-Client-IBRS Skylake-Client-noTSX-IBRS Skylake-Client-v4 Skylake-Server Skylake-Server-IBRS
+    Skylake-Server-noTSX-IBRS Skylake-Server-v4 Skylake-Server-v5 Westmere Westmere-IBRS x86-64-v2 x86-64-v2-AES
+    x86-64-v3 x86-64-v4 cortex-a35 cortex-a53 cortex-a55 cortex-a57 cortex-a72 cortex-a76 cortex-a710 neoverse-n1
+    neoverse-n2 neoverse-v1 a64fx""".split())
+
+
+def _cpu(cpu):
+    kind = cpu.get("cputype", "kvm64")
+    if kind.startswith("custom-"):
+        raise PveError(f"Custom cputype '{kind[7:]}' not found\n")
+    if kind not in CPU_TYPES:
+        raise PveError(f"Built-in cputype '{kind}' is not defined (missing 'custom-' prefix?)\n")
+    return cpu
 
 
 def _volume_id(value):
@@ -69,6 +100,12 @@ register_format("pve-volume-id-or-qm-path", _volume)
 register_format("pve-qm-bootdev", _boot_device)
 register_format("pve-snapshot-name", _snapshot_name)
 register_format("pve-hotplug-features", _hotplug)
+register_format("pve-startup-order", _startup)
+_CPU_FLAG = r"[+-][a-zA-Z0-9\-_.]+"
+register_format("pve-vm-cpu-conf", {
+    "cputype": text(default_key=1), "reported-model": text(), "hidden": flag(), "hv-vendor-id": text(pattern=r"[a-zA-Z0-9]{1,12}"),
+    "flags": text(pattern=rf"{_CPU_FLAG}(;{_CPU_FLAG})*"), "guest-phys-bits": whole(minimum=32, maximum=64),
+    "phys-bits": text(pattern=r"host|[1-9]\d?"), "level": whole(minimum=0, maximum=4294967295)}, _cpu)
 
 _LIMITS = {f"{kind}{way}{tail}": (whole() if kind != "mbps" else number())
            for kind in ("bps", "iops", "mbps") for way in ("", "_rd", "_wr") for tail in ("", "_max", "_max_length")
@@ -118,7 +155,34 @@ _AGENT = {"enabled": {"type": "boolean", "default_key": 1}, "fstrim_cloned_disks
           "freeze-fs-on-backup": {"alias": "freeze-fs"}, "type": one_of("virtio", "isa")}
 _MEMORY = {"current": {"type": "integer", "default_key": 1, "minimum": 16}}
 META = {"ctime": whole(minimum=0), "creation-qemu": text(pattern=r"\d+(\.\d+)+")}
-_STARTUP = r"(?:(?:order=)?\d+)?(?:,?(?:up|down)=\d+)*"
+_VGA = {"type": text(default_key=1, enum="cirrus qxl qxl2 qxl3 qxl4 none serial0 serial1 serial2 serial3 std virtio virtio-gl "
+                     "vmware".split()), "memory": whole(minimum=4, maximum=512), "clipboard": one_of("vnc")}
+_WATCHDOG = {"model": text(default_key=1, enum=["i6300esb", "ib700"]),
+             "action": one_of("reset", "shutdown", "poweroff", "pause", "debug", "none")}
+_MACHINE = {"type": text(default_key=1, maxLength=40, pattern=r"(pc|pc(-i440fx)?-\d+(\.\d+)+(\+pve\d+)?(\.pxe)?|q35|pc-q35-\d+"
+                         r"(\.\d+)+(\+pve\d+)?(\.pxe)?|virt(?:-\d+(\.\d+)+)?(\+pve\d+)?)"),
+            "viommu": one_of("intel", "virtio"), "aw-bits": number(minimum=32, maximum=64), "enable-s3": flag(),
+            "enable-s4": flag()}
+_CPUS = r"\d+(?:-\d+)?(?:;\d+(?:-\d+)?)*"
+_NUMA = {"cpus": {"type": "string", "pattern": _CPUS}, "memory": number(), "hostnodes": text(pattern=_CPUS),
+         "policy": one_of("preferred", "bind", "interleave")}
+_RNG = {"source": {"type": "string", "enum": ["/dev/urandom", "/dev/random", "/dev/hwrng"], "default_key": 1},
+        "max_bytes": whole(), "period": whole()}
+_AUDIO = {"device": {"type": "string", "enum": ["ich9-intel-hda", "intel-hda", "AC97"]}, "driver": one_of("spice", "none")}
+_USB = {"host": text(default_key=1, pattern=r"(?:0x)?[0-9A-Fa-f]{4}:(?:0x)?[0-9A-Fa-f]{4}|\d+-\d+(?:\.\d+)*|[Ss][Pp][Ii][Cc][Ee]"),
+        "mapping": text(format="pve-configid"), "usb3": flag()}
+_PCI = r"(?:[a-f0-9]{4,}:)?[a-f0-9]{2}:[a-f0-9]{2}(?:\.[a-f0-9])?"
+_HEX = text(pattern=r"0x[0-9a-fA-F]{4}")
+_HOSTPCI = {"host": text(default_key=1, pattern=rf"{_PCI}(;{_PCI})*"), "mapping": text(format="pve-configid"), "rombar": flag(),
+            "romfile": text(pattern=r"[^,;]+"), "pcie": flag(), "x-vga": flag(), "legacy-igd": flag(),
+            "mdev": text(pattern=r"[^/\.:]+"), "vendor-id": _HEX, "device-id": _HEX, "sub-vendor-id": _HEX,
+            "sub-device-id": _HEX, "driver": one_of("vfio", "keep")}
+_IPCONFIG = {"ip": text(), "gw": text(format="ip"), "ip6": text(), "gw6": text(format="ip")}
+_IVSHMEM = {"size": {"type": "integer", "minimum": 1}, "name": text(pattern=r"[a-zA-Z0-9\-]+")}
+_SPICE = {"foldersharing": flag(), "videostreaming": one_of("off", "all", "filter")}
+_VIRTIOFS = {"dirid": {"type": "string", "format": "pve-configid", "default_key": 1},
+             "cache": one_of("auto", "always", "metadata", "never"), "direct-io": flag(), "expose-acl": flag(),
+             "expose-xattr": flag()}
 
 CONFIG = {
     "onboot": flag(default=0), "autostart": flag(default=0), "hotplug": text(format="pve-hotplug-features"),
@@ -139,27 +203,28 @@ CONFIG = {
     "sockets": whole(minimum=1), "cores": whole(minimum=1), "numa": flag(default=0),
     "hugepages": one_of("any", "2", "1024"), "keephugepages": flag(), "vcpus": whole(minimum=1), "acpi": flag(default=1),
     "agent": text(format=_AGENT), "kvm": flag(default=1), "tdf": flag(), "localtime": flag(), "freeze": flag(),
-    "vga": text(), "watchdog": text(),
+    "vga": text(format=_VGA), "watchdog": text(format=_WATCHDOG),
     "startdate": text(pattern=r"(now|\d{4}-\d{1,2}-\d{1,2}(T\d{1,2}:\d{1,2}:\d{1,2})?)"),
-    "startup": text(pattern=_STARTUP), "template": flag(default=0), "args": text(), "tablet": flag(default=1),
-    "migrate_speed": whole(minimum=0), "migrate_downtime": number(minimum=0), "cdrom": text(), "cpu": text(),
+    "startup": text(format="pve-startup-order"), "template": flag(default=0), "args": text(), "tablet": flag(default=1),
+    "migrate_speed": whole(minimum=0), "migrate_downtime": number(minimum=0), "cdrom": text(), "cpu": text(format="pve-vm-cpu-conf"),
     "parent": text(format="pve-snapshot-name"), "snaptime": whole(minimum=0), "vmstate": text(format="pve-volume-id"),
     "vmstatestorage": text(format="pve-storage-id"), "runningmachine": text(), "runningcpu": text(),
-    "running-nets-host-mtu": text(), "machine": text(), "arch": one_of("x86_64", "aarch64"),
+    "running-nets-host-mtu": text(), "machine": text(format=_MACHINE), "arch": one_of("x86_64", "aarch64"),
     "smbios1": text(format=SMBIOS1, maxLength=512), "protection": flag(default=0), "bios": one_of("seabios", "ovmf"),
     "vmgenid": text(pattern=r"(?:[a-fA-F0-9]{8}(?:-[a-fA-F0-9]{4}){3}-[a-fA-F0-9]{12}|[01])"),
-    "hookscript": text(format="pve-volume-id"), "ivshmem": text(), "audio0": text(), "spice_enhancements": text(),
-    "tags": text(format="pve-tag-list"), "rng0": text(), "meta": text(format=META), "affinity": text(),
+    "hookscript": text(format="pve-volume-id"), "ivshmem": text(format=_IVSHMEM), "audio0": text(format=_AUDIO),
+    "spice_enhancements": text(format=_SPICE),
+    "tags": text(format="pve-tag-list"), "rng0": text(format=_RNG), "meta": text(format=META), "affinity": text(pattern=r"\s*\d+(?:-\d+)?(?:\s*,\s*\d+(?:-\d+)?)*\s*"),
     "allow-ksm": flag(default=1),
     # cloud-init
     "citype": one_of("configdrive2", "nocloud", "opennebula"), "ciuser": text(), "cipassword": text(),
     "ciupgrade": flag(), "cicustom": text(), "searchdomain": text(), "nameserver": text(format="address-list"),
     "sshkeys": text(format="urlencoded"),
-    **{f"ipconfig{n}": text() for n in range(32)}, **{f"net{n}": text(format=NET) for n in range(32)},
-    **{f"numa{n}": text() for n in range(8)}, **{f"hostpci{n}": text() for n in range(16)},
+    **{f"ipconfig{n}": text(format=_IPCONFIG) for n in range(32)}, **{f"net{n}": text(format=NET) for n in range(32)},
+    **{f"numa{n}": text(format=_NUMA) for n in range(8)}, **{f"hostpci{n}": text(format=_HOSTPCI) for n in range(16)},
     **{f"parallel{n}": text(pattern=r"/dev/parport\d+|/dev/usb/lp\d+") for n in range(3)},
     **{f"serial{n}": text(pattern=r"(/dev/[^,]+|socket)") for n in range(4)},
-    **{f"usb{n}": text() for n in range(15)}, **{f"virtiofs{n}": text() for n in range(10)},
+    **{f"usb{n}": text(format=_USB) for n in range(15)}, **{f"virtiofs{n}": text(format=_VIRTIOFS) for n in range(10)},
     **{f"unused{n}": text(format=DRIVE_FORMATS["unused"]) for n in range(256)},
     **{name: text(format=DRIVE_FORMATS[re.sub(r"\d+$", "", name)]) for name in DRIVES},
 }

@@ -248,7 +248,7 @@ def readable_raw(scfg, volname):
 
 
 def _temporary(file):
-    return f"/var/tmp/pve-raw-{os.getpid()}-{os.path.basename(file)}"
+    return f"/var/tmp/.pve-raw-{os.getpid()}-{os.path.basename(file)}"
 
 
 class RawTarget:

@@ -10,6 +10,7 @@ import uuid
 
 import guest_config as gc
 import guest_volumes as gv
+import misbehave
 from api_backup import remove_guest_from_jobs
 from guest_api import method, remove_access, worker
 from guest_disks import check_storages, create_disks, each_owned, normalise_drives, owner_of, try_free
@@ -237,6 +238,7 @@ def destroy(vmid, skiplock=False, unreferenced=False):
                 gone.add(drive["file"])
                 volid = drive["file"]
                 try_free(volid, lambda why, volid=volid: log_warn(f"Could not remove disk '{volid}', check manually: {why}"))
+    misbehave.point("qm.destroy", "disks")
     if unreferenced:
         for image in gv.list_all_images(vmid):
             try_free(image["volid"], log_warn)
