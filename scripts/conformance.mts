@@ -57,12 +57,15 @@ mkdir -p /mnt/data/pve-dump /mnt/data/other /srv/nfs/127.0.0.1/mnt/data
 /bin/mount --bind /mnt/data /srv/nfs/127.0.0.1/mnt/data
 printf '/mnt/data/other *\\n/mnt/data/pve-dump 127.0.0.1,10.0.0.0/8\\n' > /srv/nfs/127.0.0.1/.exports
 echo ready
-exec sleep 100000
+# The node's first process: it takes in whoever lost its parent.
+while :; do sleep 1000 & wait; done
 `;
+
+const NAMESPACES = ["--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"];
 
 class PveNode {
   readonly #state = mkdtempSync(join(tmpdir(), "pve-node-"));
-  readonly #holder = spawn("unshare", ["--mount", "--uts", "sh", "-c", SETUP], {
+  readonly #holder = spawn("unshare", [...NAMESPACES, "sh", "-c", SETUP], {
     env: { ...process.env, STATE: this.#state, TOOLS: tools },
     stdio: ["ignore", "pipe", "inherit"],
   });
@@ -76,7 +79,7 @@ class PveNode {
 
   call(argv: string[]): Promise<Answer> {
     return new Promise((done) => {
-      const child = spawn("nsenter", ["-t", String(this.#holder.pid), "-m", "-u", "--", ...argv], {
+      const child = spawn("nsenter", ["-t", this.#first(), "-m", "-u", "-p", "--", ...argv], {
         cwd: "/",
         env: {
           PATH: "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -102,6 +105,12 @@ class PveNode {
       // A recorded command may leave a background process behind that keeps the pipes.
       child.on("exit", () => setTimeout(finish, 500));
     });
+  }
+
+  /** The node's first process, as this machine numbers it. */
+  #first(): string {
+    const pid = this.#holder.pid;
+    return readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8").trim();
   }
 
   end(): void {
@@ -161,8 +170,9 @@ function maskText(text: string): string {
       .replace(/ctime=\d+/g, "ctime=*")
       .replace(/\bCTIME: .*/g, "CTIME: *")
       .replace(/vzdumptmp\d+/g, "vzdumptmp*")
+      .replace(/(?:temporary volume '.*\n)+/g, (lines) => lines.split("\n").sort().join("\n"))
       .replace(/short vma extent \(\d+ < \d+\)/g, "short vma extent (* < *)")
-      .replace(/(\/bin\/bash: line 1: |^ +) *\d+ (?=Exit|Trace)/gm, "$1 * ")
+      .replace(/^(\/bin\/bash: line 1:)? +\d+ (?=Exit|Trace)/gm, "$1 * ")
       .replace(/(starting new backup job: vzdump[\s\d]*)(.*)/g, (_, start, options) => start + sortedOptions(options))
       .replace(/(\.vma\.(?:zst|gz|lzo) +vma\.\w+ +backup +)[1-9]\d*/g, "$1*")
       .replace(/\/var\/log\/pve\/tasks\/[0-9A-F]\//g, "/var/log/pve/tasks/*/")
