@@ -10,7 +10,7 @@
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { basename, dirname, join, resolve } from "node:path";
+import { basename, join, resolve } from "node:path";
 import { root } from "./cache.mts";
 
 type Answer = { exit: number; stdout: string; stderr: string };
@@ -399,14 +399,6 @@ async function replay(file: string, before: Preparation, { chance, together, par
   return verdicts;
 }
 
-function recordingsFolder(): string {
-  for (let at = root; at !== dirname(at); at = dirname(at)) {
-    const found = join(at, "shared", "captures", "pve");
-    if (existsSync(found)) return found;
-  }
-  throw new Error("the recordings are not there: shared/captures belongs beside the repository");
-}
-
 const row = (name: string, ...counts: (number | string)[]) =>
   console.log(name.padEnd(40) + counts.map((count) => String(count).padStart(12)).join(""));
 
@@ -415,8 +407,9 @@ const [update, show] = [words.includes("--update"), words.includes("--show")];
 const onlyAt = words.indexOf("--only");
 const only = onlyAt >= 0 ? words[onlyAt + 1] : undefined;
 const folder =
-  words.find((word, at) => !word.startsWith("--") && (onlyAt < 0 || at !== onlyAt + 1)) ?? recordingsFolder();
-const isOurs = resolve(folder) === resolve(recordingsFolder());
+  words.find((word, at) => !word.startsWith("--") && (onlyAt < 0 || at !== onlyAt + 1)) ??
+  join(root, "test/captures/pve");
+const isOurs = resolve(folder) === resolve(join(root, "test/captures/pve"));
 
 const memory: Memory = existsSync(memoryFile)
   ? JSON.parse(readFileSync(memoryFile, "utf8"))

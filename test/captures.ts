@@ -1,6 +1,6 @@
-// The recordings of the real tools. They lie beside the repository, in shared/captures; a worktree may be some levels deeper.
-import { existsSync, readFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+// The recordings of the real tools, in test/captures: never edited, never invented.
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import type * as z from "zod";
 import type { Report } from "../provider/host.js";
 
@@ -11,17 +11,9 @@ export interface Recorded {
   exit: number;
 }
 
-function folder(): string {
-  for (let at = dirname(__dirname); at !== dirname(at); at = dirname(at)) {
-    const found = join(at, "shared", "captures");
-    if (existsSync(found)) return found;
-  }
-  throw new Error("the recordings are not there: shared/captures belongs beside the repository");
-}
-
 /** The calls of one recording, e.g. `pve/pvesm`. */
 export function recording(name: string): Recorded[] {
-  return JSON.parse(readFileSync(join(folder(), `${name}.json`), "utf8"));
+  return JSON.parse(readFileSync(join(__dirname, "captures", `${name}.json`), "utf8"));
 }
 
 /** The recorded answers to a question, read as the provider reads them. */
