@@ -266,7 +266,7 @@ describe("run", () => {
       .map((sign) => (now += sign === "+" ? 1 : -1));
     expect(running).toHaveLength(40);
     expect(Math.max(...running)).toBeLessThanOrEqual(8);
-    expect(Math.max(...running)).toBeGreaterThan(4);
+    expect(Math.max(...running)).toBeGreaterThan(1);
   });
 });
 
