@@ -356,24 +356,33 @@ export type Configuration = "storage.cfg" | "jobs.cfg" | "datacenter.cfg";
 // the node, and its lock messages are retried until a lock that was abandoned has certainly been broken. Nothing was changed by
 // a call that did not get the lock. Descriptor 9 must not reach the command: a helper that it leaves running (rpc.statd) would
 // hold the queue for ever.
-const WRITE = `file=$1; shift
-mkdir -p /run/lock/pulumi-vmbackup || exit
-exec 9>"/run/lock/pulumi-vmbackup/$file" 3>&1
-flock --wait 600 9 || { echo "the queue of writers of $file did not move for 600 s" >&2; exit 1; }
-end=$(($(date +%s) + 150))
-while :; do
-  said=$("$@" 2>&1 >&3 3>&- 9>&-); code=$?
-  if [ "$code" -ne 0 ] && [ "$(date +%s)" -lt "$end" ]; then
-    case $said in *"got lock request timeout"*) sleep 1; continue ;; esac
-  fi
-  [ -z "$said" ] || printf '%s\\n' "$said" >&2
-  exit "$code"
-done`;
+/** A function of shell scripts: `writer FILE COMMAND ...`. */
+export const WRITER = `
+writer() (
+  file=$1; shift
+  mkdir -p /run/lock/pulumi-vmbackup || exit
+  exec 9>"/run/lock/pulumi-vmbackup/$file" 3>&1
+  flock --wait 600 9 || { echo "the queue of writers of $file did not move for 600 s" >&2; exit 1; }
+  end=$(($(date +%s) + 150))
+  while :; do
+    said=$("$@" 2>&1 >&3 3>&- 9>&-); code=$?
+    if [ "$code" -ne 0 ] && [ "$(date +%s)" -lt "$end" ]; then
+      case $said in *"got lock request timeout"*) sleep 1; continue ;; esac
+    fi
+    [ -z "$said" ] || printf '%s\\n' "$said" >&2
+    exit "$code"
+  done
+)
+`;
 
-/** Seconds that a writer may need: the queue before it, and the retries. For the `timeout` of a step. */
+/** Seconds that a writer may need: the queue before it, and the retries. */
 export const WRITE_SECONDS = 900;
 
-/** A command that changes a configuration file of /etc/pve: one at a time per node, Proxmox's lock messages retried. */
-export function writing(file: Configuration, argv: Argv): Argv {
-  return ["sh", "-c", WRITE, "write", file, ...argv];
+/** A command that changes a configuration file of /etc/pve, for a step: one at a time per node, Proxmox's lock messages retried. */
+export function writing(file: Configuration, argv: Argv): { argv: Argv; shown: Argv; timeout: number } {
+  return {
+    argv: ["sh", "-c", `${WRITER}writer "$@"`, "write", file, ...argv],
+    shown: argv,
+    timeout: WRITE_SECONDS,
+  };
 }
