@@ -1,5 +1,6 @@
 // What several resources ask and tell a Proxmox VE node: the reports of pvesh, the forms of its values (booleans are 1 and 0,
 // numbers are often text, lists are sets in random order), and writing under its locks.
+import { createHash } from "node:crypto";
 import * as z from "zod";
 import type { Argv, Report } from "./host.js";
 
@@ -356,7 +357,11 @@ export type Configuration = "storage.cfg" | "jobs.cfg" | "datacenter.cfg";
 // the node, and its lock messages are retried until a lock that was abandoned has certainly been broken. Nothing was changed by
 // a call that did not get the lock. Descriptor 9 must not reach the command: a helper that it leaves running (rpc.statd) would
 // hold the queue for ever.
-/** A function of shell scripts: `writer FILE COMMAND ...`. */
+/**
+ * Functions of shell scripts. `writer FILE COMMAND ...` runs a writer; `guarded ID HASH COMMAND ...` runs one that changes a storage,
+ * when its section of storage.cfg is still as it was seen, and with the digest: the digest alone is that of the whole file, which
+ * changes whenever a writer of ours changes another storage.
+ */
 export const WRITER = `
 writer() (
   file=$1; shift
@@ -373,6 +378,23 @@ writer() (
     exit "$code"
   done
 )
+guarded() {
+  id=$1 hash=$2; shift 2
+  for again in 1 2 3; do
+    now=$(awk -v id="$id" '/^[a-z][a-z0-9]*:/ { on = $2 == id } on && !/^#/' /etc/pve/storage.cfg | tr -s ', \\t' '\\n' | grep . | LC_ALL=C sort | sha1sum)
+    if [ "\${now%% *}" != "$hash" ]; then
+      echo "the storage $id was changed since it was looked at; it was left as it is now" >&2; return 75
+    fi
+    digest=$(sha1sum </etc/pve/storage.cfg)
+    case $2 in
+      set) said=$("$@" --digest "\${digest%% *}" 2>&1); code=$? ;;
+      *) said=$("$@" 2>&1); code=$? ;;
+    esac
+    case $code:$said in 0:*) break ;; *"detected modified configuration"*) ;; *) break ;; esac
+  done
+  [ -z "$said" ] || printf '%s\\n' "$said" >&2
+  return "$code"
+}
 `;
 
 /** Seconds that a writer may need: the queue before it, and the retries. */
@@ -385,4 +407,41 @@ export function writing(file: Configuration, argv: Argv): { argv: Argv; shown: A
     shown: argv,
     timeout: WRITE_SECONDS,
   };
+}
+
+// ---------------------------------------------------------------- the configuration files themselves
+
+/** One `type: id` of storage.cfg or jobs.cfg, with the lines below it. */
+export interface Section {
+  type: string;
+  id: string;
+  values: Record<string, string>;
+  /** All of its words in order, for a hash: lists are written in random order at every change. */
+  words: string[];
+}
+
+/**
+ * The sections of storage.cfg or jobs.cfg: tens of milliseconds where pvesh takes seconds, and the one way to see every option.
+ * A flag without a value has the value "".
+ */
+export function sections(text: string): Section[] {
+  const all: Section[] = [];
+  for (const line of text.split("\n")) {
+    const head = /^([a-z][a-z0-9]*): *(\S+)\s*$/.exec(line);
+    if (head !== null) all.push({ type: head[1] ?? "", id: head[2] ?? "", values: {}, words: [] });
+    const section = all.at(-1);
+    if (section === undefined || line.startsWith("#")) continue;
+    section.words.push(...line.split(/[,\s]+/).filter((word) => word !== ""));
+    const [, key, value = ""] = /^\s+(\S+)(?:\s+(.*?))?\s*$/.exec(line) ?? [];
+    if (key !== undefined) section.values[key] = value;
+  }
+  for (const section of all) section.words.sort();
+  return all;
+}
+
+/** What a section says, whatever the order of its lists; `guarded` of WRITER finds the same. */
+export function sectionHash(section: Section): string {
+  return createHash("sha1")
+    .update(section.words.map((word) => `${word}\n`).join(""))
+    .digest("hex");
 }
