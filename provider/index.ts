@@ -73,6 +73,127 @@ export interface Lookup {
 /** UTC, ISO 8601. */
 export type Time = string;
 
+// ---------------------------------------------------------------- NfsDumpStorage
+
+/** A block of guest ids, both ends inclusive. A `VmIdRange` is one. */
+export interface VmIds {
+  lower: Input<number>;
+  upper: Input<number>;
+}
+
+export type StorageContent = "backup" | "iso" | "vztmpl" | "snippets" | "import" | "images" | "rootdir";
+
+/** An NFS storage of a Proxmox VE node. Names are those of storage.cfg in camel case. */
+export interface NfsDumpStorageArgs extends OnHost {
+  /** Storage id on the node, e.g. `nfs-fast-dump`. Fixed: a change replaces. */
+  storageId: Input<string>;
+  /** NFS server. A change moves the storage under the same id, so that jobs keep pointing at it; refused while something uses it. */
+  server: Input<string>;
+  /** Exported path on the server. A change moves the storage, like `server`. */
+  export: Input<string>;
+  /** Mount point on the node. Fixed: a change replaces. Default `/mnt/pve/<storageId>`. */
+  path?: Input<string> | undefined;
+  /** What may be stored. Default `["backup"]`. `images` and `rootdir` need `vmIds`. */
+  content?: Input<Input<StorageContent>[]> | undefined;
+  /** The ids this node uses on the export, usually its VmIdRange. Claimed on the export: a store with an overlapping claim is refused. */
+  vmIds?: Input<VmIds> | undefined;
+  /** Which dumps stay when a job says nothing else. */
+  retention?: Input<Retention> | undefined;
+  /** Protected dumps per guest; -1 = unlimited. Default: Proxmox's. */
+  maxProtectedBackups?: Input<number> | undefined;
+  /**
+   * Sub-directory per content type, e.g. `{ backup: "dump-n4" }`, so that one node's retention cannot reach another's dumps. Not
+   * changed while the old one holds something.
+   */
+  contentDirs?: Input<Partial<Record<StorageContent, Input<string>>>> | undefined;
+  /** NFS mount options, e.g. `vers=4.2,soft`. A change remounts when nothing uses the mount. */
+  options?: Input<string> | undefined;
+  /** Limits in KiB/s as in storage.cfg, e.g. `restore=102400`. */
+  bwlimit?: Input<string> | undefined;
+  preallocation?: Input<"off" | "metadata" | "falloc" | "full"> | undefined;
+  /** Cluster nodes that use the storage. Default: all. */
+  nodes?: Input<Input<string>[]> | undefined;
+  /** Keep the definition but do not use it. Default false. */
+  disable?: Input<boolean> | undefined;
+}
+
+/**
+ * An NFS export as a storage of a Proxmox VE node (`pvesm add nfs`), by default for dumps only.
+ *
+ * ```ts
+ * const dumps = new NfsDumpStorage("dumps", { host: "node4", storageId: "nfs-dump", server: "nas", export: "/mnt/dump", retention: { keepLast: 3 } });
+ * export const where = dumps.dumpPath;
+ * ```
+ *
+ * - Done means: defined, mounted from the declared source, active, and root could write to it once.
+ * - With `vmIds` the ids are claimed in a registry at the root of the export (`.pulumi-vmbackup`), so that unrelated nodes that
+ *   share it cannot overwrite each other's disks and dumps. The claim is given back on delete; only `adopt` breaks a foreign one.
+ * - Whatever was set by hand and is not declared here is drift, and goes with the next `up`; after `adopt`, what was not declared stays.
+ * - Refused: a storage id that is taken, a move or remount while guests' disks, ISOs, a backup or a restore use it, a changed
+ *   `contentDirs` while the old directory holds something, a delete while backup jobs or guests use it (they are named).
+ * - Dumps are never deleted, also not by destroy; existing ones, copied there by hand, are seen and can be restored.
+ */
+export class NfsDumpStorage extends HostResource {
+  declare readonly storageId: Output<string>;
+  declare readonly server: Output<string>;
+  declare readonly export: Output<string>;
+  /** Mount point on the node. Known in preview. */
+  declare readonly path: Output<string>;
+  /** As seen by the last up or refresh. */
+  declare readonly status: Output<{
+    asOf: Time;
+    active: boolean;
+    totalBytes: number;
+    usedBytes: number;
+    availableBytes: number;
+    dumps: number;
+    newestDump?: Time;
+  }>;
+  /** Echoed input: where the dumps lie follows from it. */
+  declare private readonly contentDirs: Output<Partial<Record<StorageContent, string>> | undefined>;
+
+  constructor(name: string, args: NfsDumpStorageArgs, opts?: pulumi.CustomResourceOptions) {
+    const isGet = opts?.id !== undefined;
+    const declared = isGet
+      ? {
+          ...args,
+          ...unread([
+            "storageId",
+            "server",
+            "export",
+            "path",
+            "content",
+            "contentDirs",
+            "retention",
+            "options",
+            "nodes",
+          ]),
+        }
+      : {
+          ...args,
+          path: args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`,
+          contentDirs: args.contentDirs,
+          ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }),
+        };
+    super("NfsDumpStorage", name, declared, ["status"], [args.storageId], opts);
+  }
+
+  /** Reads an existing storage, also one that is not ours. id: the storage id. Throws when there is none. */
+  static get(name: string, id: Input<pulumi.ID>, lookup: Lookup, opts?: pulumi.CustomResourceOptions): NfsDumpStorage {
+    return new NfsDumpStorage(name, lookup as NfsDumpStorageArgs, { ...opts, id });
+  }
+
+  /** Directory of the dumps. Known in preview. */
+  get dumpPath(): Output<string> {
+    return pulumi.interpolate`${this.path}/${this.contentDirs.apply((dirs) => dirs?.backup ?? "dump")}`;
+  }
+}
+
+/** The two numbers of a block of ids: a VmIdRange as such would travel as a reference to a resource. */
+function bounds(ids: Input<VmIds>): Output<{ lower: number; upper: number }> {
+  return pulumi.output(ids).apply(({ lower, upper }) => pulumi.output({ lower, upper }));
+}
+
 // ---------------------------------------------------------------- VmIdRange
 
 /** A block of guest ids for one node: the node's next-id range, and the numbers for `vmId` and `vmIds`. */

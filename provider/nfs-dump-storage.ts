@@ -666,8 +666,7 @@ function release(id: string, have: Have, line: Line<Pins>): Step {
 
 const DETACH = `${ON_MOUNT}
 id=$1 hash=$2 path=$3 source=$4 was=$5
-users=$(busy "$path")
-if [ -n "$users" ]; then say "$path is in use:"; say "$users"; exit 1; fi
+idle "$path" || exit 1
 writer storage.cfg guarded "$id" "$hash" pvesm set "$id" --disable 1 || exit
 unmount "$path" "$source" || { code=$?; [ "$was" = disabled ] || writer storage.cfg pvesm set "$id" --delete disable; exit "$code"; }`;
 
@@ -725,8 +724,7 @@ function move(want: Want, have: Have, line: Line<Pins>, wanted: Values): Step[] 
 
 const REMOVE = `${ON_MOUNT}
 id=$1 hash=$2 path=$3 source=$4 default=$5
-users=$(busy "$path")
-if [ -n "$users" ]; then say "$path is in use:"; say "$users"; exit 1; fi
+idle "$path" || exit 1
 if [ "$hash" != - ]; then writer storage.cfg guarded "$id" "$hash" pvesm remove "$id" || exit; fi
 rm -f "/run/pulumi-vmbackup/nfs/$id"
 if [ "$(source_at "$path")" = "$source" ]; then unmount "$path" "$source" || exit; fi

@@ -69,14 +69,23 @@ busy() {
     done
 }
 
+# Nobody has; looks of ours at the mount take moments, so a moment is waited for.
+idle() {
+  for again in 1 2 3 4 5 6 7 8 9 10; do
+    users=$(busy "$1")
+    [ -n "$users" ] || return 0
+    sleep 0.5
+  done
+  say "$1 is in use:"; say "$users"; return 1
+}
+
 # Unmounts exactly what is mounted from our source at our path, never by force.
 unmount() {
   while :; do
     top=$(source_at "$1")
     [ -n "$top" ] || return 0
     if [ "$top" != "$2" ]; then say "at $1 is mounted $top, not $2: it was left"; return 1; fi
-    users=$(busy "$1")
-    if [ -n "$users" ]; then say "$1 is in use:"; say "$users"; return 1; fi
+    idle "$1" || return 1
     # Without canonicalizing: that would look at the path, and hang where the server is dead.
     timeout -s KILL 60 umount --no-canonicalize "$1" || return 1
   done

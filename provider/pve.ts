@@ -397,16 +397,12 @@ guarded() {
 }
 `;
 
-/** Seconds that a writer may need: the queue before it, and the retries. */
+/** Seconds that a writer may need: the queue before it, and the retries. For the `timeout` of a step. */
 export const WRITE_SECONDS = 900;
 
-/** A command that changes a configuration file of /etc/pve, for a step: one at a time per node, Proxmox's lock messages retried. */
-export function writing(file: Configuration, argv: Argv): { argv: Argv; shown: Argv; timeout: number } {
-  return {
-    argv: ["sh", "-c", `${WRITER}writer "$@"`, "write", file, ...argv],
-    shown: argv,
-    timeout: WRITE_SECONDS,
-  };
+/** A command that changes a configuration file of /etc/pve: one at a time per node, Proxmox's lock messages retried. */
+export function writing(file: Configuration, argv: Argv): Argv {
+  return ["sh", "-c", `${WRITER}writer "$@"`, "write", file, ...argv];
 }
 
 // ---------------------------------------------------------------- the configuration files themselves

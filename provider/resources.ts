@@ -3,10 +3,12 @@
 import { backupSchedule } from "./backup-schedule.js";
 import type { AnyDefinition } from "./engine.js";
 import { lvSnapshot } from "./lv-snapshot.js";
+import { nfsDumpStorage } from "./nfs-dump-storage.js";
 import { vmIdRange } from "./vm-id-range.js";
 
 export const resources: Readonly<Record<string, AnyDefinition>> = {
   BackupSchedule: backupSchedule,
   LvSnapshot: lvSnapshot,
+  NfsDumpStorage: nfsDumpStorage,
   VmIdRange: vmIdRange,
 };
