@@ -59,7 +59,7 @@ const MOUNT = `
 say() { echo "$*" >&2; }
 
 # The source that is on top at a path; nothing when nothing is mounted there. Reads the mount table only: safe with dead servers.
-source_at() { findmnt --list --noheadings --raw --output TARGET,SOURCE | awk -v at="$1" '$1 == at { s = $2 } END { if (s != "") print s }'; }
+source_at() { findmnt --noheadings --raw --output TARGET,SOURCE | awk -v at="$1" '$1 == at { s = $2 } END { if (s != "") print s }'; }
 
 # Who has something open at or below a path, at most five.
 busy() {
