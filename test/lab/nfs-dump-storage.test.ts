@@ -121,7 +121,7 @@ laws({
         bwlimit: "restore=102400",
         preallocation: "off",
       },
-      /bwlimit restore=102400\ncontent backup,iso\ncontent-dirs iso=isos[^]*max-protected-backups -1[^]*preallocation off/,
+      /bwlimit restore=102400\ncontent backup,iso\ncontent-dirs iso=isos[\s\S]*max-protected-backups -1[\s\S]*preallocation off/,
     ],
     ["options", { options: "vers=4.2,soft" }, /options soft,vers=4.2/],
     ["nodes", { nodes: ["elsewhere"] }, /nodes elsewhere/],
