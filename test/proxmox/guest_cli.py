@@ -8,7 +8,7 @@ import guest_create
 import guest_snapshots
 import guest_status
 import guests
-from guest_schema import VMID, flag, text, whole
+from guest_schema import VMID, flag, text
 from pve_cli import Alias, Command, Method, run, run_simple
 from pve_cluster import nodename
 from pve_output import err, out
@@ -47,17 +47,19 @@ def _(params):
             out(f"{key}: {status[key]}\n")
 
 
-def _unknown(group, *required, **optional):
-    """A command whose parameters are known but which the stand-in cannot do."""
-    params = {}
-    for name in required:
-        params[name] = VMID if name in ("vmid", "target-vmid") else {"type": "string"}
-    method = Method("POST", "", {**params, **{k.replace("_", "-"): v for k, v in optional.items()}}, group=group)
+def _gap(group, required="", optional="", rest=False):
+    """A command whose parameters are known, so that mistakes get the real answers, but which the stand-in cannot do."""
+    names = required.split()
+    params = {name: VMID if name == "vmid" else {"type": "string"} for name in names}
+    params.update({name: text() for name in optional.split()})
+    if rest:
+        params["extra-args"] = text()
+    method = Method("POST", "", params, group=group)
 
     @method
     def _(given):
         raise NotCovered(f"this command of qm (parameters {', '.join(sorted(given))})")
-    return method
+    return method, names
 
 
 def qm_commands():
@@ -67,34 +69,26 @@ def qm_commands():
     def task(method, *args):
         return Command(method, list(args), fixed, exit_with_task)
 
-    def gap(group, *args, required=(), optional_args=(), options=True, node=True):
-        method = _unknown(group, *args, *required)
-        for name in optional_args:
-            method.params[name] = text()
-        if options:
-            method.params["timeout"] = whole(minimum=0)
-        return Command(method, [*args, *optional_args])
-
-    def rest(group, *args):
-        method = _unknown(group, *args)
-        method.params["extra-args"] = text()
-        method.params["timeout"] = whole()
-        return Command(method, [*args, "extra-args"])
+    def gap(group, required="", optional="", named="", rest=False):
+        """`named`: required, but given as an option."""
+        method, names = _gap(group, f"{required} {named}", optional, rest)
+        places = [name for name in names if name not in named.split()] + (["extra-args"] if rest else [])
+        return Command(method, places)
 
     remote = Method("POST", "", {"vmid": VMID, "target-vmid": {**VMID, "optional": 1}, "target-endpoint": {"type": "string"},
                                  "target-bridge": {"type": "string"}, "target-storage": {"type": "string"},
                                  "online": flag()}, group=cli)
     return {
-        "cloudinit": {"dump": gap(api, "vmid", "type", options=False), "pending": gap(api, "vmid", options=False),
-                      "update": gap(api, "vmid", options=False)},
+        "cloudinit": {"dump": gap(api, "vmid type"), "pending": gap(api, "vmid"),
+                      "update": gap(api, "vmid")},
         "disk": {"move": task(guest_clone.MOVE, "vmid", "disk", "storage"),
                  "resize": Command(guest_clone.RESIZE, ["vmid", "disk", "size"], fixed),
-                 "unlink": gap(api, "vmid", required=("idlist",)),
-                 "import": gap(cli, "vmid", "source", "storage"),
+                 "unlink": Command(guests.UNLINK, ["vmid"], fixed),
+                 "import": gap(cli, "vmid source storage", "format target-disk"),
                  "rescan": Command(guests.RESCAN, [])},
-        "guest": {"cmd": gap(agent, "vmid", "command", options=False),
-                  "exec-status": gap(agent, "vmid", "pid", options=False), "passwd": gap(agent, "vmid", "username"),
-                  "exec": rest(cli, "vmid")},
+        "guest": {"cmd": gap(agent, "vmid command"),
+                  "exec-status": gap(agent, "vmid pid"), "passwd": gap(agent, "vmid username", "crypted"),
+                  "exec": gap(cli, "vmid", "pass-stdin synchronous timeout", rest=True)},
         "list": Command(guest_status.VMLIST, [], fixed, show_list),
         "config": Command(guest_status.VM_CONFIG, ["vmid"], fixed, guest_status.print_config),
         "pending": Command(guest_status.PENDING, ["vmid"], fixed, guest_status.print_pending),
@@ -109,16 +103,20 @@ def qm_commands():
         "snapshot": task(guest_snapshots.SNAPSHOT, "vmid", "snapname"),
         "delsnapshot": task(guest_snapshots.DELSNAPSHOT, "vmid", "snapname"),
         "rollback": task(guest_snapshots.ROLLBACK, "vmid", "snapname"),
-        "migrate": gap(api, "vmid", "target"), "reboot": gap(api, "vmid"), "reset": gap(api, "vmid"),
-        "resume": gap(api, "vmid"), "suspend": gap(api, "vmid"), "sendkey": gap(api, "vmid", "key"),
+        "migrate": gap(api, "vmid target", "bwlimit force migration_network migration_type online targetstorage "
+                       "with-conntrack-state with-local-disks"),
+        "reboot": task(guests.REBOOT, "vmid"), "reset": task(guests.RESET, "vmid"),
+        "resume": gap(api, "vmid", "nocheck skiplock"), "suspend": gap(api, "vmid", "skiplock statestorage todisk"),
+        "sendkey": gap(api, "vmid key", "skiplock"),
         "status": Command(STATUS, ["vmid"]), "unlock": Command(guests.UNLOCK, ["vmid"]),
-        "cleanup": gap(cli, "vmid", "clean-shutdown", "guest-requested", options=False),
-        "enroll-efi-keys": gap(cli, "vmid", options=False), "import": gap(cli, "vmid", "source", required=("storage",)),
-        "importovf": gap(cli, "vmid", "manifest", "storage"), "monitor": gap(cli, "vmid", options=False),
-        "mtunnel": gap(cli, options=False), "nbdstop": gap(cli, "vmid", options=False),
+        "cleanup": gap(cli, "vmid clean-shutdown guest-requested"),
+        "enroll-efi-keys": gap(cli, "vmid"), "import": gap(cli, "vmid source", "dryrun format live-import name", "storage"),
+        "importovf": gap(cli, "vmid manifest storage", "dryrun format"), "monitor": gap(cli, "vmid"),
+        "mtunnel": gap(cli), "nbdstop": gap(cli, "vmid"),
         "remote-migrate": Command(remote, ["vmid", "target-vmid", "target-endpoint"]),
-        "showcmd": gap(cli, "vmid"), "terminal": gap(cli, "vmid"), "vncproxy": gap(cli, "vmid", options=False),
-        "wait": gap(cli, "vmid"),
+        "showcmd": gap(cli, "vmid", "pretty snapshot"), "terminal": gap(cli, "vmid", "escape iface"),
+        "vncproxy": gap(cli, "vmid"),
+        "wait": gap(cli, "vmid", "timeout"),
         "rescan": Alias("disk rescan"), "resize": Alias("disk resize"), "unlink": Alias("disk unlink"),
         "importdisk": Alias("disk import"), "move-disk": Alias("disk move"), "move_disk": Alias("disk move"),
         "agent": Alias("guest cmd"),

@@ -103,7 +103,8 @@ register_format("pve-hotplug-features", _hotplug)
 register_format("pve-startup-order", _startup)
 _CPU_FLAG = r"[+-][a-zA-Z0-9\-_.]+"
 register_format("pve-vm-cpu-conf", {
-    "cputype": text(default_key=1), "reported-model": text(), "hidden": flag(), "hv-vendor-id": text(pattern=r"[a-zA-Z0-9]{1,12}"),
+    "cputype": text(default_key=1), "reported-model": text(), "hidden": flag(),
+    "hv-vendor-id": text(pattern=r"[a-zA-Z0-9]{1,12}"),
     "flags": text(pattern=rf"{_CPU_FLAG}(;{_CPU_FLAG})*"), "guest-phys-bits": whole(minimum=32, maximum=64),
     "phys-bits": text(pattern=r"host|[1-9]\d?"), "level": whole(minimum=0, maximum=4294967295)}, _cpu)
 
@@ -155,12 +156,12 @@ _AGENT = {"enabled": {"type": "boolean", "default_key": 1}, "fstrim_cloned_disks
           "freeze-fs-on-backup": {"alias": "freeze-fs"}, "type": one_of("virtio", "isa")}
 _MEMORY = {"current": {"type": "integer", "default_key": 1, "minimum": 16}}
 META = {"ctime": whole(minimum=0), "creation-qemu": text(pattern=r"\d+(\.\d+)+")}
-_VGA = {"type": text(default_key=1, enum="cirrus qxl qxl2 qxl3 qxl4 none serial0 serial1 serial2 serial3 std virtio virtio-gl "
-                     "vmware".split()), "memory": whole(minimum=4, maximum=512), "clipboard": one_of("vnc")}
+_VGA = {"type": text(default_key=1, enum="cirrus qxl qxl2 qxl3 qxl4 none serial0 serial1 serial2 serial3 std virtio "
+                     "virtio-gl vmware".split()), "memory": whole(minimum=4, maximum=512), "clipboard": one_of("vnc")}
 _WATCHDOG = {"model": text(default_key=1, enum=["i6300esb", "ib700"]),
              "action": one_of("reset", "shutdown", "poweroff", "pause", "debug", "none")}
-_MACHINE = {"type": text(default_key=1, maxLength=40, pattern=r"(pc|pc(-i440fx)?-\d+(\.\d+)+(\+pve\d+)?(\.pxe)?|q35|pc-q35-\d+"
-                         r"(\.\d+)+(\+pve\d+)?(\.pxe)?|virt(?:-\d+(\.\d+)+)?(\+pve\d+)?)"),
+_MACHINE = {"type": text(default_key=1, maxLength=40, pattern=r"(pc|pc(-i440fx)?-\d+(\.\d+)+(\+pve\d+)?(\.pxe)?|q35|"
+                         r"pc-q35-\d+(\.\d+)+(\+pve\d+)?(\.pxe)?|virt(?:-\d+(\.\d+)+)?(\+pve\d+)?)"),
             "viommu": one_of("intel", "virtio"), "aw-bits": number(minimum=32, maximum=64), "enable-s3": flag(),
             "enable-s4": flag()}
 _CPUS = r"\d+(?:-\d+)?(?:;\d+(?:-\d+)?)*"
@@ -168,12 +169,15 @@ _NUMA = {"cpus": {"type": "string", "pattern": _CPUS}, "memory": number(), "host
          "policy": one_of("preferred", "bind", "interleave")}
 _RNG = {"source": {"type": "string", "enum": ["/dev/urandom", "/dev/random", "/dev/hwrng"], "default_key": 1},
         "max_bytes": whole(), "period": whole()}
-_AUDIO = {"device": {"type": "string", "enum": ["ich9-intel-hda", "intel-hda", "AC97"]}, "driver": one_of("spice", "none")}
-_USB = {"host": text(default_key=1, pattern=r"(?:0x)?[0-9A-Fa-f]{4}:(?:0x)?[0-9A-Fa-f]{4}|\d+-\d+(?:\.\d+)*|[Ss][Pp][Ii][Cc][Ee]"),
+_AUDIO = {"device": {"type": "string", "enum": ["ich9-intel-hda", "intel-hda", "AC97"]},
+          "driver": one_of("spice", "none")}
+_USB = {"host": text(default_key=1, pattern=r"(?:0x)?[0-9A-Fa-f]{4}:(?:0x)?[0-9A-Fa-f]{4}|\d+-\d+(?:\.\d+)*|"
+                     r"[Ss][Pp][Ii][Cc][Ee]"),
         "mapping": text(format="pve-configid"), "usb3": flag()}
 _PCI = r"(?:[a-f0-9]{4,}:)?[a-f0-9]{2}:[a-f0-9]{2}(?:\.[a-f0-9])?"
 _HEX = text(pattern=r"0x[0-9a-fA-F]{4}")
-_HOSTPCI = {"host": text(default_key=1, pattern=rf"{_PCI}(;{_PCI})*"), "mapping": text(format="pve-configid"), "rombar": flag(),
+_HOSTPCI = {"host": text(default_key=1, pattern=rf"{_PCI}(;{_PCI})*"), "mapping": text(format="pve-configid"),
+            "rombar": flag(),
             "romfile": text(pattern=r"[^,;]+"), "pcie": flag(), "x-vga": flag(), "legacy-igd": flag(),
             "mdev": text(pattern=r"[^/\.:]+"), "vendor-id": _HEX, "device-id": _HEX, "sub-vendor-id": _HEX,
             "sub-device-id": _HEX, "driver": one_of("vfio", "keep")}
@@ -206,7 +210,8 @@ CONFIG = {
     "vga": text(format=_VGA), "watchdog": text(format=_WATCHDOG),
     "startdate": text(pattern=r"(now|\d{4}-\d{1,2}-\d{1,2}(T\d{1,2}:\d{1,2}:\d{1,2})?)"),
     "startup": text(format="pve-startup-order"), "template": flag(default=0), "args": text(), "tablet": flag(default=1),
-    "migrate_speed": whole(minimum=0), "migrate_downtime": number(minimum=0), "cdrom": text(), "cpu": text(format="pve-vm-cpu-conf"),
+    "migrate_speed": whole(minimum=0), "migrate_downtime": number(minimum=0), "cdrom": text(),
+    "cpu": text(format="pve-vm-cpu-conf"),
     "parent": text(format="pve-snapshot-name"), "snaptime": whole(minimum=0), "vmstate": text(format="pve-volume-id"),
     "vmstatestorage": text(format="pve-storage-id"), "runningmachine": text(), "runningcpu": text(),
     "running-nets-host-mtu": text(), "machine": text(format=_MACHINE), "arch": one_of("x86_64", "aarch64"),
@@ -214,7 +219,8 @@ CONFIG = {
     "vmgenid": text(pattern=r"(?:[a-fA-F0-9]{8}(?:-[a-fA-F0-9]{4}){3}-[a-fA-F0-9]{12}|[01])"),
     "hookscript": text(format="pve-volume-id"), "ivshmem": text(format=_IVSHMEM), "audio0": text(format=_AUDIO),
     "spice_enhancements": text(format=_SPICE),
-    "tags": text(format="pve-tag-list"), "rng0": text(format=_RNG), "meta": text(format=META), "affinity": text(pattern=r"\s*\d+(?:-\d+)?(?:\s*,\s*\d+(?:-\d+)?)*\s*"),
+    "tags": text(format="pve-tag-list"), "rng0": text(format=_RNG), "meta": text(format=META),
+    "affinity": text(pattern=r"\s*\d+(?:-\d+)?(?:\s*,\s*\d+(?:-\d+)?)*\s*"),
     "allow-ksm": flag(default=1),
     # cloud-init
     "citype": one_of("configdrive2", "nocloud", "opennebula"), "ciuser": text(), "cipassword": text(),

@@ -82,6 +82,16 @@ def _(params):
     return worker("qmconfig", params["vmid"], lambda _upid: UPDATE_VM.function(params))
 
 
+UNLINK = method("PUT", "/{vmid}/unlink", {"idlist": {"type": "string", "format": "pve-configid-list"}, "force": flag()},
+                returns={"type": "null"})
+
+
+@UNLINK
+def _(params):
+    params["delete"] = params.pop("idlist")
+    UPDATE_VM.function(params)
+
+
 def _delete_option(vmid, conf, name, force):
     if name not in conf and name not in conf["pending"]:
         err(f"cannot delete '{name}' - not set in current configuration!\n")
@@ -313,3 +323,20 @@ def stop_method(word, kind, **params):
 
 STOP = stop_method("stop", "qmstop", **{"overrule-shutdown": flag(), "migratedfrom": text(format="pve-node")})
 SHUTDOWN = stop_method("shutdown", "qmshutdown", forceStop=flag())
+
+
+def kick_method(word, kind, **params):
+    """Reboot and reset: of a machine that is only a flag nothing is left to do."""
+    found = method("POST", f"/{{vmid}}/status/{word}", params)
+
+    @found
+    def _(given):
+        gc.load(given["vmid"])
+        if not gc.is_running(given["vmid"]):
+            raise PveError(f"VM {given['vmid']} not running\n")
+        return worker(kind, given["vmid"], lambda _upid: None)
+    return found
+
+
+REBOOT = kick_method("reboot", "qmreboot", timeout=whole(minimum=0))
+RESET = kick_method("reset", "qmreset", skiplock=flag())

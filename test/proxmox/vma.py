@@ -132,7 +132,8 @@ def _full_read(stream, size):
 def write(out, configs, drives, ctime=None, uuid=None, order=None, on_run=None):
     """Write an archive of `configs` [(name, bytes)] and `drives` [(device name, raw file)] to the binary stream `out`.
 
-    `order` may give the clusters' sequence as (drive index, cluster) pairs, None ending an extent; without it they come drive by drive.
+    `order` may give the clusters' sequence as (drive index, cluster) pairs, None ending an extent; without
+    it they come drive by drive.
     """
     sizes = [os.path.getsize(path) for _, path in drives]
     header = Header(configs, {i + 1: (name, size) for i, ((name, _), size) in enumerate(zip(drives, sizes))}, ctime, uuid)
