@@ -318,7 +318,7 @@ interface Have extends Observed<never> {
   comment: string | undefined;
   /** What a change is checked against; asked when there is one to make. */
   node?: NodeFacts;
-  /** Asked when there is nothing to change. */
+  /** Not asked between the steps of a change. */
   status?: Status;
   zone?: string;
 }
@@ -337,9 +337,9 @@ async function observe(want: Want, line: Line | undefined, host: Host): Promise<
   const { comment, owner } = unmarked(job?.comment);
   const have: Have = { exists: job !== undefined, job, comment, owner };
   const settled = job !== undefined && Object.keys(changes(want, have, line)).length === 0;
-  // Whether a create adopts what it found is only known afterwards: then both are asked.
   if (!settled) have.node = await askNode(host);
-  if (job !== undefined && (settled || line === undefined))
+  // Not between the steps of a change. Without a line, a create may adopt what it found, or `.get` looks.
+  if (job !== undefined && (settled || line === undefined || line.finished))
     [have.status, have.zone] = await Promise.all([askStatus(job, host), host.ask(timeZone)]);
   return have;
 }

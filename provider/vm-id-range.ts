@@ -61,31 +61,32 @@ interface Have extends Observed<Pins> {
   clustered: boolean;
   /** Other VmIdRanges of this node, by their owner. */
   others: (Pins & { owner: string })[];
-  guests: pve.Guest[];
-  taken: Taken;
+  /** Not asked between the steps of a change. */
+  status?: { guests: pve.Guest[]; taken: Taken };
 }
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
-  const [options, { node, clustered }, guests, taken, { lines }] = await Promise.all([
+  const [options, { node, clustered }, { lines }] = await Promise.all([
     host.ask(pve.datacenter),
     host.ask(pve.cluster),
-    host.ask(pve.guests),
-    idsTaken(host),
     memory(host),
   ]);
   const nextId = options["next-id"];
   const identity = line?.identity ?? text(want);
   const others = lines.filter((l) => l.kind === "VmIdRange" && l.identity !== identity && l.pins !== undefined);
-  return {
+  const have: Have = {
     exists: isThere(want, line, nextId),
     nextId,
     node,
     clustered,
     others: others.map((l) => ({ ...(l.pins as Pins), owner: l.owner })),
-    guests,
-    taken,
     pins: pinsOf(want, line, nextId),
   };
+  if (line?.finished || changes(want, have, have.pins).length === 0) {
+    const [guests, taken] = await Promise.all([host.ask(pve.guests), idsTaken(host)]);
+    have.status = { guests, taken };
+  }
+  return have;
 }
 
 /**
@@ -94,17 +95,14 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
  */
 function isThere(want: Want, line: Line<Pins> | undefined, nextId: NextId | undefined): boolean {
   if (line === undefined || isRange(nextId, want)) return isRange(nextId, want);
-  if (!isEnforced(want, line)) return true;
+  if (!isEnforced(want)) return true;
   return line.finished && line.pins?.enforced === true && nextId !== undefined;
 }
 
-/** Default true; an adopted range that says nothing keeps what it found. */
-function isEnforced(want: Want, line: Line<Pins> | undefined): boolean {
-  return want.enforce ?? !line?.kept.includes("enforce");
-}
+const isEnforced = (want: Want) => want.enforce !== false;
 
 function pinsOf(want: Want, line: Line<Pins> | undefined, nextId: NextId | undefined): Pins {
-  const enforced = isEnforced(want, line);
+  const enforced = isEnforced(want);
   const { set, before } = line?.pins ?? {};
   const pins: Pins = { lower: want.lower, upper: want.upper, enforced };
   if (isRange(nextId, want) && enforced) pins.set = { lower: want.lower, upper: want.upper };
@@ -118,22 +116,27 @@ function pinsOf(want: Want, line: Line<Pins> | undefined, nextId: NextId | undef
 // ---------------------------------------------------------------- plan and remove
 
 function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
-  refuseOthers(want, have, line);
-  if (!isEnforced(want, line)) return putBack(have, line.pins);
-  if (isRange(have.nextId, want)) return [];
-  if (have.clustered)
+  refuseOthers(want, have);
+  const steps = changes(want, have, line.pins);
+  if (steps.length > 0 && isEnforced(want) && have.clustered)
     throw new Refused({
       what: `enforce: ${have.node} is a member of a cluster, and the next-id range is one for the whole cluster.`,
       next: "Declare `enforce: false`: the range still serves `vmId` and `vmIds`. Nothing was changed.",
     });
+  return steps;
+}
+
+function changes(want: Want, have: Have, pins: Pins | undefined): Step[] {
+  if (!isEnforced(want)) return putBack(have, pins);
+  if (isRange(have.nextId, want)) return [];
   return [setNextId(`set the next-id range of ${have.node} to ${text(want)}`, toProxmox(want))];
 }
 
-function refuseOthers(want: Want, have: Have, line: Line<Pins>): void {
+function refuseOthers(want: Want, have: Have): void {
   const other =
     have.others.find((o) => overlap(o, want)) ??
     // The one that is in force stays: of two that came at once it is the later, and the earlier is told so.
-    (isEnforced(want, line) && !isRange(have.nextId, want) ? have.others.find((o) => o.enforced) : undefined);
+    (isEnforced(want) && !isRange(have.nextId, want) ? have.others.find((o) => o.enforced) : undefined);
   if (other === undefined) return;
   throw new Conflict({
     what: overlap(other, want)
@@ -166,17 +169,17 @@ function remove(have: Have, { pins }: Line<Pins>): Step[] {
 
 const MOST = 20;
 
-function facts(want: Want, have: Have): Record<string, unknown> {
-  const used = have.guests.filter((guest) => contains(want, guest.vmid)).length;
-  const outside = have.guests.filter((guest) => guest.node === have.node && !contains(want, guest.vmid));
-  const taken = [...have.taken.ids.keys()].filter((id) => contains(want, id)).length;
+function facts(want: Want, { node, status }: Have): Record<string, unknown> {
+  const { guests, taken } = status ?? { guests: [], taken: { ids: new Map<number, string>(), unknown: [] } };
+  const outside = guests.filter((guest) => guest.node === node && !contains(want, guest.vmid));
+  const inside = [...taken.ids.keys()].filter((id) => contains(want, id)).length;
   return {
     status: {
       asOf: new Date().toISOString(),
-      used,
-      free: want.upper - want.lower + 1 - taken,
+      used: guests.filter((guest) => contains(want, guest.vmid)).length,
+      free: want.upper - want.lower + 1 - inside,
       // Proxmox's own answer to "none free" is an error; here 0 says it.
-      next: firstFree(want, have.taken) ?? 0,
+      next: firstFree(want, taken) ?? 0,
       outside: outside
         .map((guest) => guest.vmid)
         .sort((a, b) => a - b)
@@ -186,8 +189,8 @@ function facts(want: Want, have: Have): Record<string, unknown> {
 }
 
 /** Of an enforced range: somebody set another one. */
-function asFound(want: Want, have: Have, line: Line<Pins>): Want {
-  return isEnforced(want, line) && !isRange(have.nextId, want) ? { ...want, enforce: false } : want;
+function asFound(want: Want, have: Have): Want {
+  return isEnforced(want) && !isRange(have.nextId, want) ? { ...want, enforce: false } : want;
 }
 
 export const vmIdRange: Definition<Want, Have, Pins> = {
