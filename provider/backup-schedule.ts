@@ -337,22 +337,23 @@ async function observe(want: Want, line: Line | undefined, host: Host): Promise<
   const { comment, owner } = unmarked(job?.comment);
   const have: Have = { exists: job !== undefined, job, comment, owner };
   const settled = job !== undefined && Object.keys(changes(want, have, line)).length === 0;
-  if (!settled) have.node = await askNode(host);
+  if (!settled) have.node = await askNode(want, host);
   // Not between the steps of a change. Without a line, a create may adopt what it found, or `.get` looks.
   if (job !== undefined && (settled || line === undefined || line.finished))
     [have.status, have.zone] = await Promise.all([askStatus(job, host), host.ask(timeZone)]);
   return have;
 }
 
-async function askNode(host: Host): Promise<NodeFacts> {
+async function askNode(want: Want, host: Host): Promise<NodeFacts> {
+  const selectsPool = typeof want.guests === "object" && "pool" in want.guests;
   const [{ node: name }, nodes, storages, guests, pools] = await Promise.all([
     host.ask(pve.cluster),
-    host.ask(pve.nodes),
+    want.vzdump?.node === undefined ? [] : host.ask(pve.nodes),
     host.ask(pve.storages),
     host.ask(pve.guests),
-    host.ask(pve.pools),
+    selectsPool ? host.ask(pve.pools) : [],
   ]);
-  return { name, nodes, storages, guests, pools };
+  return { name, nodes: nodes.length === 0 ? [name] : nodes, storages, guests, pools };
 }
 
 // ---------------------------------------------------------------- plan and remove
@@ -363,7 +364,7 @@ const WHAT_NEXT =
 function plan(want: Want, have: Have, line: Line): Step[] {
   const due = changes(want, have, line);
   if (Object.keys(due).length === 0) return [];
-  checkNode(want, have);
+  if (Object.keys(due).some((key) => key !== "comment")) checkNode(want, have); // a new owner's mark needs none of it
   const { job } = have;
   const given = (settings: Settings) =>
     Object.entries(settings).flatMap(([key, value]) => (value === undefined ? [] : words(key, value)));
@@ -378,8 +379,9 @@ function plan(want: Want, have: Have, line: Line): Step[] {
         ...given(due),
       ]),
     ];
-  // The whole selection with every change, also when it stays.
-  const all = { ...due, guests: due.guests ?? printed(job).guests };
+  // The whole selection with every change, also when it stays; and the storage, without which a call with `notes-template` or
+  // `protected` is refused, whatever the job has.
+  const all = { storage: want.storage, ...due, guests: due.guests ?? printed(job).guests };
   const drop = [
     ...Object.entries(due).flatMap(([key, value]) => (value === undefined ? [key] : [])),
     ...(job.exclude !== undefined && all.guests === "all" ? ["exclude"] : []),

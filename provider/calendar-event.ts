@@ -422,11 +422,10 @@ function whenItChanges(offset: (at: number) => number, from: number, to: number)
   return high;
 }
 
-/** Name of a host's time zone, e.g. Europe/Prague; "" when it cannot be told. Without /etc/localtime it is UTC. */
+/** Name of a host's time zone, e.g. Europe/Prague; "" when it cannot be told (a copied file), or when there is none (UTC). */
 export const timeZone: Report<string> = {
   why: "read the time zone",
-  argv: ["sh", "-c", "[ -e /etc/localtime ] || { echo /zoneinfo/UTC; exit; }; readlink -f /etc/localtime"],
-  shown: ["readlink", "-f", "/etc/localtime"],
+  argv: ["readlink", "-f", "/etc/localtime"],
   parse: (stdout) => /\/zoneinfo\/(?:posix\/|right\/)?(.+)$/.exec(stdout.trim())?.[1] ?? "",
   answer: z.string(),
 };

@@ -125,7 +125,8 @@ describe("BackupSchedule on a node", () => {
     expect(JSON.stringify(stack.recorded?.outputs).length).toBeLessThan(2048);
     await stack.up(inputs("nightly", { guests: [101], enabled: false }));
     expect(status(stack).nextRun).toBeUndefined();
-    expect(status(stack).uncovered).toEqual([{ guest: "102 (db2)", reason: "not among the guests of this schedule" }]);
+    const reason = "not among the guests of this schedule";
+    expect(status(stack).uncovered).toEqual([{ guest: expect.stringMatching(/^102/), reason }]);
   });
 
   it("finds the guest with the oldest backup, and the one that is gone", async () => {

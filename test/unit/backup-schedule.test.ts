@@ -235,7 +235,8 @@ describe("plan", () => {
     ["another owner's mark", {}, { comment: "[pulumi-vmbackup x/y]" }, `--comment=${mark} --all 1`],
   ])("updates: %s", (_name, over, found, words) => {
     const [step] = plan(want(over), job(found));
-    expect(step?.split(" ").sort()).toEqual(`pvesh set /cluster/backup/nightly ${words}`.split(" ").sort());
+    const said = words.includes("--storage") ? words : `--storage nfs ${words}`; // with every change
+    expect(step?.split(" ").sort()).toEqual(`pvesh set /cluster/backup/nightly ${said}`.split(" ").sort());
   });
 
   it.each<[string, object, object]>([
@@ -284,7 +285,7 @@ describe("plan", () => {
     };
     const kept = ["enabled", "vzdump", "retention", "guests", "comment", "catchUp"];
     expect(plan(want(), job(found), kept)).toEqual([
-      `pvesh set /cluster/backup/nightly --comment=by hand ${mark} --vmid 101`,
+      `pvesh set /cluster/backup/nightly --storage nfs --comment=by hand ${mark} --vmid 101`,
     ]);
   });
 
