@@ -397,7 +397,8 @@ export function clockChanges(event: CalendarEvent, zone: string, now: number): s
     return undefined; // a zone that this machine does not know
   }
   const said: string[] = [];
-  for (let from = now; from < now + 400 * DAY; from += DAY) {
+  // Whole seconds: a fraction would be seen as a change of the offset.
+  for (let from = Math.floor(now); from < now + 400 * DAY; from += DAY) {
     const [before, after] = [offset(from), offset(from + DAY)];
     if (before === after) continue;
     const at = whenItChanges(offset, from, from + DAY);

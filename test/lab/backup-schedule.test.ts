@@ -65,8 +65,11 @@ laws({
     ["guests: ids", { guests: [102, 101] }, /"vmid":"101,102"/],
     ["guests: all but some", { guests: { allExcept: [102] } }, /"exclude":"102"/],
     ["guests: a pool", { guests: { pool: "p1" } }, /"pool":"p1"/],
-    ["retention", { retention: { keepLast: 3, keepDaily: 7 } }, /"keep-daily":"?7/],
-    ["enabled", { enabled: false }, /"enabled":0/],
+    [
+      "retention and enabled",
+      { retention: { keepLast: 3, keepDaily: 7 }, enabled: false },
+      /"enabled":0.*"keep-daily":"?7/,
+    ],
     [
       "options of vzdump",
       {
@@ -87,10 +90,11 @@ laws({
     ],
   ],
   optional: [
-    ["comment", { comment: "grüße" }, /grüße/],
-    ["catchUp", { catchUp: true }, /"repeat-missed":1/],
-    ["retention", { retention: { keepLast: 3 } }, /keep-last/],
-    ["vzdump", { vzdump: { mode: "stop", zstd: 2 } }, /"zstd"/],
+    [
+      "comment, catchUp, retention and vzdump",
+      { comment: "grüße", catchUp: true, retention: { keepLast: 3 }, vzdump: { mode: "stop", zstd: 2 } },
+      /grüße|"repeat-missed":1|prune-backups|"mode"|"zstd"/,
+    ],
     ["guests: all but one", { guests: { allExcept: [102] } }, /exclude/],
   ],
   replacing: [["name", (tag) => ({ name: `${tag}x` })]],

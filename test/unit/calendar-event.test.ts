@@ -145,7 +145,7 @@ describe("changes of the clock", () => {
     ["02:30", "Europe/Prague", "2027-03-28 02:30 does not exist, 2027-10-31 02:30 comes twice"],
     ["01:30", "Europe/London", "2027-03-28 01:30 does not exist"],
     ["sun 02:00", "America/New_York", "2027-03-14 02:00 does not exist"],
-  ])("%j in %s", (text, zone, part) => expect(clockChanges(parseEvent(text), zone, now)).toContain(part));
+  ])("%j in %s", (text, zone, part) => expect(clockChanges(parseEvent(text), zone, now + 0.123)).toContain(part));
 
   it.each([
     ["03:30", "Europe/Prague"],
