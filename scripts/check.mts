@@ -3,6 +3,7 @@ import { mkdtemp, readdir, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { execa } from "execa";
+import { acceptancePrograms } from "./acceptance.mts";
 import { root } from "./cache.mts";
 
 const failed: string[] = [];
@@ -27,8 +28,11 @@ await step("package", "publint", "--strict");
 const folder = await mkdtemp(join(tmpdir(), "vmbackup-pack-"));
 await step("pack", "npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", folder);
 // The package is CommonJS, also for ESM programs; resolvers that know no `exports` are not supported.
-for (const packed of await readdir(folder))
+for (const packed of await readdir(folder)) {
   await step("package's types", "attw", join(folder, packed), "--profile", "node16", "--format", "ascii");
+  const programs = join(folder, "programs");
+  await step("programs of users", "tsc", ...(await acceptancePrograms(join(folder, packed), programs)));
+}
 await rm(folder, { recursive: true });
 
 if (failed.length > 0) {
