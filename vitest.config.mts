@@ -1,3 +1,4 @@
+import { join } from "node:path";
 import { defineConfig } from "vitest/config";
 
 // unit: no root, no lab, seconds. lab: real hosts. engine: the real `pulumi up` against them.
@@ -8,6 +9,8 @@ export default defineConfig({
     reporters: ["./scripts/skipped-reporter.mts", "default"],
     projects: [
       {
+        // The examples' own files are tested with today's sources.
+        resolve: { alias: { "pulumi-vmbackup": join(import.meta.dirname, "provider/index.ts") } },
         test: {
           name: "unit",
           include: ["test/unit/**/*.test.ts", "test/*.test.ts"],

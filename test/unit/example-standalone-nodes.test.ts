@@ -1,0 +1,71 @@
+// The component of examples/standalone-nodes with mocks alone: no CLI, no host.
+import * as pulumi from "@pulumi/pulumi";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { BackedUpNode } from "../../examples/standalone-nodes/backed-up-node.ts";
+import { provider } from "../../provider/dynamic.js";
+
+const nfs = { server: "skydev", export: "/mnt/data/pve-dump" };
+const value = <T>(output: pulumi.Output<T>) => new Promise<T>((resolve) => void output.apply(resolve));
+
+describe("a backed-up node", () => {
+  let made: Record<string, Record<string, unknown>>;
+
+  beforeEach(async () => {
+    made = {};
+    await pulumi.runtime.setMocks(
+      {
+        async newResource({ name, type, inputs }) {
+          const kind = type.split(":").at(-1) ?? "";
+          made[`${kind} ${name}`] = inputs;
+          if (type.startsWith("pulumi-nodejs:")) expect((await provider(kind).check({}, inputs)).failures).toEqual([]);
+          return { id: `${name}-id`, state: inputs };
+        },
+        call: () => ({}),
+      },
+      "fleet",
+      "prod",
+    );
+  });
+
+  afterEach(() => pulumi.runtime.disconnect());
+
+  it("is a range, a storage and a job, which belong together", async () => {
+    const node = new BackedUpNode("n4", { host: "n4", block: 14, nfs });
+    await value(pulumi.all([node.dumps.urn, node.nightly.urn]));
+    expect(made["VmIdRange n4"]).toMatchObject({ host: "n4", lower: 14001, upper: 14999 });
+    expect(made["NfsDumpStorage n4"]).toMatchObject({
+      ...nfs,
+      host: "n4",
+      storageId: "nfs-fast-dump",
+      vmIds: { lower: 14001, upper: 14999 },
+    });
+    expect(made["BackupSchedule n4"]).toMatchObject({
+      host: "n4",
+      name: "nightly",
+      schedule: "02:30",
+      storage: "nfs-fast-dump",
+    });
+    expect(await value(node.dumps.dumpPath)).toBe("/mnt/pve/nfs-fast-dump/dump");
+    expect(await value(node.ids.nth(1))).toBe(14001);
+    expect(made["NfsDumpStorage n4"]?.retention).toBeUndefined();
+  });
+
+  it("takes another schedule, a retention and a connection", async () => {
+    const host = { host: "10.0.0.4", user: "deploy", sudo: true };
+    const retention = { keepLast: 3, keepDaily: 7 };
+    const node = new BackedUpNode("n4", { host, block: 14, nfs, schedule: "sat 03:00", retention });
+    await value(pulumi.all([node.dumps.urn, node.nightly.urn]));
+    expect(made["NfsDumpStorage n4"]).toMatchObject({ host, retention });
+    expect(made["BackupSchedule n4"]).toMatchObject({ host, schedule: "sat 03:00" });
+  });
+
+  it("has ids of its own: a block that is given twice is refused, with both names", () => {
+    new BackedUpNode("n4", { host: "n4", block: 14, nfs });
+    expect(() => new BackedUpNode("n5", { host: "n5", block: 14, nfs })).toThrow(/"n5".*"n4"/s);
+  });
+
+  it("is refused twice on one host", () => {
+    new BackedUpNode("n4", { host: "n4", block: 14, nfs });
+    expect(() => new BackedUpNode("again", { host: "root@n4", block: 15, nfs })).toThrow(/"again" and "n4"/);
+  });
+});
