@@ -176,6 +176,9 @@ export class NfsDumpStorage extends HostResource {
           ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }),
         };
     super("NfsDumpStorage", name, declared, ["status"], [args.storageId], opts);
+    // What is not declared is unknown in every preview: where the dumps lie is not, unless adoption kept it as it was.
+    if (!isGet && args.contentDirs === undefined && args.adopt === undefined && pulumi.runtime.isDryRun())
+      Object.defineProperty(this, "contentDirs", { value: pulumi.output(undefined) });
   }
 
   /** Reads an existing storage, also one that is not ours. id: the storage id. Throws when there is none. */
