@@ -65,7 +65,7 @@ export async function show(fresh: boolean): Promise<void> {
   await project.fails("preview --refresh --expect-no-changes");
   head("Repaired");
   await project.pulumi("up --refresh", "--yes", "--skip-preview");
-  await ask("pve1", "pvesh get /cluster/backup --noborder");
+  await ask("pve1", "pvesh get /cluster/backup/nightly --noborder");
 }
 
 export async function clear(): Promise<void> {

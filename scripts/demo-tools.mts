@@ -26,7 +26,9 @@ export async function onHost(host: string, command: string): Promise<string> {
 
 /** Shows a command and what the host answers. */
 export async function ask(host: string, command: string): Promise<void> {
-  console.log(`$ ssh ${host} ${command}\n${await onHost(host, command)}`);
+  console.log(`$ ssh ${host} ${command}`);
+  const answer = await onHost(host, command);
+  if (answer.trim() !== "") console.log(answer);
 }
 
 /** The hosts of the demo's lab that exist: name to whether it runs. */
@@ -55,6 +57,8 @@ export class Project {
       PULUMI_HOME: join(folder, "home"),
       PULUMI_BACKEND_URL: `file://${join(this.#folder, "state")}`,
       PULUMI_CONFIG_PASSPHRASE: "demo",
+      // Types of the examples are the business of npm run check.
+      PULUMI_NODEJS_TRANSPILE_ONLY: "true",
     };
     return { file: join(cli.bin, "pulumi"), env };
   }
@@ -78,7 +82,16 @@ export class Project {
   /** Shows a command of the CLI and runs it. */
   async pulumi(shown: string, ...more: string[]): Promise<void> {
     const { file, env } = await this.#cli();
-    const common = ["--stack", stack, "--config-file", this.#settings, "--non-interactive", "--color", "auto"];
+    const common = [
+      "--stack",
+      stack,
+      "--config-file",
+      this.#settings,
+      "--non-interactive",
+      "--suppress-progress",
+      "--color",
+      "auto",
+    ];
     await show(`pulumi ${shown}`, file, [...shown.split(" "), ...more, ...common], this.#cwd, env);
   }
 

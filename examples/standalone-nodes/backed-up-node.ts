@@ -14,12 +14,14 @@ export interface BackedUpNodeArgs {
 }
 
 export class BackedUpNode extends pulumi.ComponentResource {
+  readonly name: string;
   readonly ids: VmIdRange;
   readonly dumps: NfsDumpStorage;
   readonly nightly: BackupSchedule;
 
   constructor(name: string, args: BackedUpNodeArgs, opts?: pulumi.ComponentResourceOptions) {
     super("examples:index:BackedUpNode", name, {}, opts);
+    this.name = name;
     const { host, block, nfs, schedule = "02:30", retention } = args;
     const mine = { parent: this };
 

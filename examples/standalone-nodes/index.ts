@@ -28,5 +28,7 @@ const fleet = Object.entries(nodes).map(
 
 /** Put a dump into this directory of any node, and all of them see it. */
 export const dumpPath = fleet[0]?.dumps.dumpPath;
-/** What each node's last run said, and which guests it does not cover. */
-export const nightly = Object.fromEntries(Object.keys(nodes).map((host, i) => [host, fleet[i]?.nightly.status]));
+/** Of each node: how its last run ended, and which guests it does not cover. */
+export const nightly = Object.fromEntries(
+  fleet.map(({ name, nightly: { status } }) => [name, { lastRun: status.lastRun, uncovered: status.uncovered }]),
+);
