@@ -140,7 +140,12 @@ export async function finished(file: string, args: readonly string[], s: Start):
         timer = setTimeout(() => resolve("given up"), GRACE);
       });
   });
-  const ended = await Promise.race([child, given]);
+  // Named plainly: the compiler would take a minute to work out what execa's generics come to in a race.
+  const end: Promise<{ exitCode?: number; code?: string }> = child.then(({ exitCode, code }) => ({
+    ...(exitCode !== undefined && { exitCode }),
+    ...(code !== undefined && { code }),
+  }));
+  const ended = await Promise.race([end, given]);
   clearTimeout(timer);
   if (child.pid !== undefined) {
     if (ended === "given up") kill(child.pid);
