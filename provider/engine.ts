@@ -229,7 +229,8 @@ export class Engine {
       if (have.exists && have.owner !== before.__owner && have.owner !== hidden.__owner)
         throw this.#conflict(id, have.owner);
     }
-    const { outs } = await this.#carryOut(id, task, undefined, false);
+    // A command that an interrupted run left may still be at work there: wait for its lock before looking.
+    const { outs } = await this.#carryOut(id, task, undefined, line?.finished === false);
     return { outs };
   }
 
@@ -283,6 +284,8 @@ export class Engine {
       return;
     }
     let last = "";
+    // What a command that was left over is still making is not there yet: wait for its lock before looking.
+    if (!line.finished) await fenced(host, line, line.incarnation);
     for (;;) {
       const have = await this.#definition.observe(want, line, host);
       const steps = this.#definition.remove(have, line);

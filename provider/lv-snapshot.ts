@@ -377,7 +377,9 @@ function extend(want: Want, have: Have, line: Line<Pins>): Step[] {
 
 function remove(have: Have, line: Line<Pins>): Step[] {
   const { lv } = have;
-  if (lv === undefined || lv.lv_uuid !== line.pins?.uuid) return [];
+  // A create that was cut short wrote no uuid down; what it made is known by its mark.
+  const ours = line.pins?.uuid === undefined ? have.owner === line.owner : lv?.lv_uuid === line.pins.uuid;
+  if (lv === undefined || !ours) return [];
   if (lv.lv_merging === "merging")
     throw new Refused({
       what: `${lv.path} is being merged into its origin; removing it now would stop that.`,
