@@ -1,5 +1,6 @@
 // The door of the provider process: Pulumi's calls in, engine calls out. FROZEN: every state refers to `provider(kind)` of
 // "pulumi-vmbackup/dynamic" by name, so neither may ever be renamed or take other arguments.
+import { connect as dial } from "node:net";
 import { Engine } from "./engine.js";
 import { check, diff } from "./engine-check.js";
 import type { Fields } from "./engine-values.js";
@@ -11,6 +12,32 @@ import { resources } from "./resources.js";
 // When the CLI is killed this process goes on and finishes its work, with nobody to print to. Without a listener the failed
 // print is an uncaught exception, which Pulumi's server answers by printing: it spins for ever (seen).
 for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
+
+// It would stay for ever (seen), with its connections and the agents that hold keys: when no call runs and the engine, whose
+// address is Pulumi's first argument, is gone, it ends.
+let running = 0;
+const [, , engineAddress = ""] = process.argv;
+const engineAt = /^(127\.0\.0\.1|\[::1\]|localhost):(\d+)$/.exec(engineAddress);
+if (engineAt !== null)
+  setInterval(() => {
+    if (running > 0) return;
+    const probe = dial(Number(engineAt[2]), engineAt[1]?.replace(/[[\]]/g, ""), () => probe.destroy());
+    probe.on("error", (error: NodeJS.ErrnoException) => {
+      if (error.code === "ECONNREFUSED" && running === 0) process.exit(0);
+    });
+  }, 10_000).unref();
+
+/** One that runs keeps the process. */
+function counted<A extends unknown[], R>(call: (...given: A) => Promise<R>): (...given: A) => Promise<R> {
+  return async (...given) => {
+    running++;
+    try {
+      return await call(...given);
+    } finally {
+      running--;
+    }
+  };
+}
 
 /** What Pulumi's dynamic provider server calls; see facts of `cmd/dynamic-provider` in @pulumi/pulumi. */
 export interface Calls {
@@ -42,10 +69,10 @@ export function provider(kind: string): Calls {
       const { changes, replaces } = diff(definition, olds, news);
       return { replaces, ...(changes === undefined ? {} : { changes }) };
     },
-    create: (inputs) => engine.create(inputs),
-    read: (id, properties) => engine.read(id, properties),
-    update: (id, olds, news) => engine.update(id, olds, news),
-    delete: (id, properties) => engine.remove(id, properties),
+    create: counted((inputs) => engine.create(inputs)),
+    read: counted((id, properties) => engine.read(id, properties)),
+    update: counted((id, olds, news) => engine.update(id, olds, news)),
+    delete: counted((id, properties) => engine.remove(id, properties)),
   };
 }
 
