@@ -8,12 +8,15 @@ import type * as z from "zod";
 import { type Fields, plain, same } from "./engine-values.js";
 import { CommandFailed, Conflict, HostUnreachable, Refused, Unfinished } from "./errors.js";
 import type { Command, Host } from "./host.js";
+import { ended, forgetJob, inTurn, jobState, joins, started } from "./host-job.js";
 import { fenced, forget, type Line, type Memory, memory } from "./host-ledger.js";
 
 /** One command with its reason in words ("take the snapshot vg0/dump"). */
 export interface Step extends Command {
   /** Observe before going on to the next step of the plan. */
   look?: true;
+  /** Long work: a unit on the host that outlives the connection, joined by whoever plans the same; then observe. */
+  job?: true;
 }
 
 /** A rule over several inputs, run by check as soon as all of them are known and valid. */
@@ -49,6 +52,11 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
   fromId(id: string): Partial<W>;
   /** What the object is called on its host; the id of the resource. */
   identify(want: W): string;
+  /**
+   * The same where the host has to be asked (the lowest free id of a range); undefined leaves it to `identify`. Asked by create
+   * only. What it names may be taken by another run before we have it: then it is asked again.
+   */
+  choose?(want: W, host: Host, found: Memory, owner: string): Promise<string | undefined>;
   /** Looks, and changes nothing. `line` is what the ledger says; `pins` of it may come from the state. */
   observe(want: W, line: Line<P> | undefined, host: Host): Promise<H>;
   /** The steps from what is there to what is wanted; [] = settled. Pure. Throws Refused or Conflict. */
@@ -166,9 +174,30 @@ export class Engine {
     const { inputs, hidden } = split(properties);
     const want = declaredOf(this.#definition, inputs);
     const host = this.#connect(want.host);
-    const id: string = this.#definition.identify(want);
+    for (let last = ""; ; ) {
+      const found = await memory(host);
+      const chosen = await this.#definition.choose?.(want, host, found, hidden.__owner);
+      if (chosen === undefined) return await this.#create(this.#definition.identify(want), want, hidden, host, found);
+      try {
+        return await this.#create(chosen, want, hidden, host, found);
+      } catch (error) {
+        // Somebody else may have been faster. Whoever chooses the same again did not fail for that.
+        if (isPartial(error) || chosen === last) throw error;
+        const again = await this.#definition.choose?.(want, host, await memory(host), hidden.__owner);
+        if (again === chosen || again === undefined) throw error;
+        last = chosen;
+      }
+    }
+  }
+
+  async #create(
+    id: string,
+    want: Fields,
+    hidden: Hidden,
+    host: Host,
+    found: Memory,
+  ): Promise<{ id: string; outs: Fields }> {
     const deadline = within(hidden.__timeouts?.create);
-    const found = await memory(host);
     const remembered = lineOf(found, this.#definition.kind, id);
     let line = remembered;
     let have: Observed<unknown> = await this.#definition.observe(want, line, host);
@@ -296,6 +325,7 @@ export class Engine {
         if (step.look) break;
       }
     }
+    await forgetJob(host, line);
     await forget(host, line);
   }
 
@@ -335,28 +365,45 @@ export class Engine {
       last = this.#progress(id, last, steps, host);
       line.finished = false;
       for (const step of steps) {
-        await this.#step(id, task, step, have);
-        if (step.look) break;
+        // Work that had ended before we came was none of ours: the same plan may come once more.
+        if (!(await this.#step(id, task, step, have))) last = "";
+        if (step.look || step.job) break;
       }
     }
   }
 
-  async #step(id: string, task: Task<Fields, unknown>, step: Step, had: Observed<unknown>): Promise<void> {
+  /** False when it was a job that had ended already. */
+  async #step(id: string, task: Task<Fields, unknown>, step: Step, had: Observed<unknown>): Promise<boolean> {
     const fresh = !task.began && !had.exists;
     const timed = inTime(step, task.deadline, this.#definition.kind, id);
     try {
+      if (step.job) return await inTurn(task.host, () => this.#job(task, step));
       await this.#fenced(task, timed);
+      return true;
     } catch (error) {
       // A first step that failed and left nothing is no half-made resource: nothing is owed to anybody.
       if (fresh && error instanceof CommandFailed) {
         const now = await this.#definition.observe(task.want, task.line, task.host);
         if (!now.exists) {
+          await forgetJob(task.host, task.line);
           await forget(task.host, task.line);
           task.began = false;
         }
       }
       throw error;
     }
+  }
+
+  async #job(task: Task<Fields, unknown>, step: Step): Promise<boolean> {
+    const { host, line, hidden } = task;
+    const now = await jobState(host, line);
+    const joined = joins(line, step, now);
+    if (!joined) await this.#fenced(task, started(line, step, task.memory.bootId));
+    const since = Date.now();
+    // Long work is waited for as long as it takes, unless the program says otherwise.
+    await ended(host, line, step, hidden.__timeouts === undefined ? Number.POSITIVE_INFINITY : task.deadline);
+    if (hidden.__timeouts === undefined) task.deadline += Date.now() - since;
+    return !joined || now.state === "running";
   }
 
   async #fenced(task: Task<Fields, unknown>, command?: Command): Promise<void> {
@@ -466,6 +513,11 @@ export class Engine {
     });
     return Object.assign(new Error(message), { id, properties, reasons: [message] });
   }
+}
+
+/** Pulumi records it as a half-made resource. */
+function isPartial(error: unknown): boolean {
+  return error instanceof Error && "reasons" in error;
 }
 
 // ---------------------------------------------------------------- time
