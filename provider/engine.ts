@@ -200,11 +200,13 @@ export class Engine {
     const deadline = within(hidden.__timeouts?.create);
     const remembered = lineOf(found, this.#definition.kind, id);
     let line = remembered;
-    let have: Observed<unknown> = await this.#definition.observe(want, line, host);
+    // A definition that chooses learns from the line what was chosen.
+    const blank = this.#definition.choose === undefined ? undefined : this.#lineFrom(id, {});
+    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host);
     if (line?.finished && !have.exists) {
       // What the line tells of is gone, and nobody is at work on it: the name is free again.
       line = undefined;
-      have = await this.#definition.observe(want, line, host);
+      have = await this.#definition.observe(want, blank, host);
     }
     const adopted = this.#mayTake(id, hidden.__owner, want.adopt === true, line, have);
     const task: Task<Fields, unknown> = {
@@ -465,7 +467,7 @@ export class Engine {
     return Object.keys(this.#definition.inputs.shape).filter((field) => want[field] === undefined && field !== "adopt");
   }
 
-  #lineFrom(id: string, hidden: Hidden): Line {
+  #lineFrom(id: string, hidden: Partial<Hidden>): Line {
     return {
       v: 1,
       kind: this.#definition.kind,

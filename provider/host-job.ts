@@ -16,6 +16,8 @@ export interface JobState {
   /** none: this line has no job. failed: also one that ended without leaving a result (killed, or the host went down). */
   state: "none" | "running" | "ok" | "failed";
   exit?: number | undefined;
+  /** What it took, by the host's clock. */
+  seconds?: number | undefined;
   /** In percent, of the last line `progress N%`. */
   progress?: number | undefined;
   /** What the job printed, without the lines of progress. What was done is read from here, never from the inputs. */
@@ -37,11 +39,11 @@ const LOOK = `unit=$1 base=$2 wait=$3
 [ "$wait" = 0 ] || [ ! -e "$base.log" ] || flock --shared --timeout "$wait" "$base.log" true
 active=$(systemctl show --property=ActiveState --value "$unit.service")
 case $wait:$active in 0:*|*:inactive|*:failed) ;; *) sleep 0.2 ;; esac
-code=; [ ! -e "$base.exit" ] || IFS= read -r code <"$base.exit"
+code= took=; [ ! -e "$base.exit" ] || read -r code took <"$base.exit"
 IFS= read -r boot </proc/sys/kernel/random/boot_id
 percent=
 [ ! -e "$base.log" ] || percent=$(tail -c 4096 "$base.log" | sed -n 's/^progress \\([0-9][0-9]*\\)%.*/\\1/p' | tail -n 1)
-printf '%s\\n' "$active" "$code" "$boot" "$percent"
+printf '%s\\n' "$active" "$code" "$took" "$boot" "$percent"
 [ ! -e "$base.log" ] || grep -v '^progress [0-9]' "$base.log" | tail -c 60000
 exit 0`;
 
@@ -50,6 +52,7 @@ const ACTIVE = ["active", "activating", "deactivating", "reloading", "refreshing
 const looked = z.object({
   active: z.enum([...ACTIVE, "inactive", "failed", "maintenance"]),
   code: z.string().regex(/^[0-9]*$/),
+  took: z.string().regex(/^[0-9-]*$/),
   boot: z.string().min(1),
   percent: z.string().regex(/^[0-9]*$/),
   log: z.string(),
@@ -62,13 +65,13 @@ function look(job: Job, seconds: number): Report<JobState> {
     shown: ["systemctl", "status", `${job.unit}.service`],
     timeout: seconds + 60,
     parse: (stdout) => {
-      const [active, code, boot, percent, ...log] = stdout.split("\n");
-      return { active, code, boot, percent, log: log.join("\n") };
+      const [active, code, took, boot, percent, ...log] = stdout.split("\n");
+      return { active, code, took, boot, percent, log: log.join("\n") };
     },
-    answer: looked.transform(({ active, code, boot, percent, log }): JobState => {
+    answer: looked.transform(({ active, code, took, boot, percent, log }): JobState => {
       const state = ACTIVE.includes(active) ? "running" : code === "0" ? "ok" : "failed";
       const rebooted = boot !== job.bootId;
-      return { state, log, rebooted, exit: numberOf(code), progress: numberOf(percent) };
+      return { state, log, rebooted, exit: numberOf(code), seconds: numberOf(took), progress: numberOf(percent) };
     }),
   };
 }
@@ -91,9 +94,10 @@ function unitOf({ kind, identity }: Line): string {
 // The tool does not inherit the lock, or a helper that it leaves behind would hold it for ever.
 const RUN = `base=$1; shift
 exec 8>>"$base.log"; flock 8 || exit 70
+begun=$(date +%s)
 "$@" >>"$base.log" 2>&1 </dev/null 8>&-
 code=$?
-printf '%s\\n' "$code" >"$base.exit.new" && sync "$base.log" "$base.exit.new" && mv "$base.exit.new" "$base.exit" && sync "\${base%/*}"
+printf '%s %s\\n' "$code" "$(($(date +%s) - begun))" >"$base.exit.new" && sync "$base.log" "$base.exit.new" && mv "$base.exit.new" "$base.exit" && sync "\${base%/*}"
 exit "$code"`;
 
 const FORGET = `systemctl reset-failed "$1.service" 2>/dev/null; rm -f "$2.log" "$2.exit" "$2.exit.new"`;
