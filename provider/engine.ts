@@ -57,8 +57,11 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
    * only. What it names may be taken by another run before we have it: then it is asked again.
    */
   choose?(want: W, host: Host, found: Memory, owner: string): Promise<string | undefined>;
-  /** Looks, and changes nothing. `line` is what the ledger says; `pins` of it may come from the state. */
-  observe(want: W, line: Line<P> | undefined, host: Host): Promise<H>;
+  /**
+   * Looks, and changes nothing. `line` is what the ledger says; `pins` of it may come from the state. `planning`: a plan may
+   * follow; otherwise nothing has to be chosen.
+   */
+  observe(want: W, line: Line<P> | undefined, host: Host, planning?: boolean): Promise<H>;
   /** The steps from what is there to what is wanted; [] = settled. Pure. Throws Refused or Conflict. */
   plan(want: W, have: H, line: Line<P>): Step[];
   /** The steps that remove what is ours; [] = nothing of ours is there. Pure. Throws Refused. */
@@ -202,11 +205,11 @@ export class Engine {
     let line = remembered;
     // A definition that chooses learns from the line what was chosen.
     const blank = this.#definition.choose === undefined ? undefined : this.#lineFrom(id, {});
-    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host);
+    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host, true);
     if (line?.finished && !have.exists) {
       // What the line tells of is gone, and nobody is at work on it: the name is free again.
       line = undefined;
-      have = await this.#definition.observe(want, blank, host);
+      have = await this.#definition.observe(want, blank, host, true);
     }
     const adopted = this.#mayTake(id, hidden.__owner, want.adopt === true, line, have);
     const task: Task<Fields, unknown> = {
@@ -256,7 +259,7 @@ export class Engine {
     };
     if (line === undefined) {
       // The ledger was lost, or the object was removed with it: only an object that still carries our mark is ours.
-      const have = await this.#definition.observe(want, task.line, host);
+      const have = await this.#definition.observe(want, task.line, host, false);
       if (have.exists && have.owner !== before.__owner && have.owner !== hidden.__owner)
         throw this.#conflict(id, have.owner);
     }
@@ -277,7 +280,7 @@ export class Engine {
     const found = await memory(host);
     if (!isGet) checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
     const line = lineOf(found, this.#definition.kind, id) ?? (isGet ? undefined : this.#lineFrom(id, hidden));
-    const have = await this.#definition.observe(want, line, host);
+    const have = await this.#definition.observe(want, line, host, false);
     if (!have.exists && have.lost === undefined) {
       if (!isGet) return { props: {} };
       throw new Refused({
@@ -305,7 +308,7 @@ export class Engine {
     checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
     const line = lineOf(found, this.#definition.kind, id);
     if (line === undefined || line.owner !== hidden.__owner || line.incarnation !== hidden.__incarnation) {
-      const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host);
+      const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, false);
       if (have.exists) {
         const whose = line?.owner ?? have.owner;
         console.log(
@@ -318,7 +321,7 @@ export class Engine {
     // What a command that was left over is still making is not there yet: wait for its lock before looking.
     if (!line.finished) await fenced(host, line, line.incarnation);
     for (;;) {
-      const have = await this.#definition.observe(want, line, host);
+      const have = await this.#definition.observe(want, line, host, false);
       const steps = this.#definition.remove(have, line);
       if (steps.length === 0) break;
       last = this.#progress(id, last, steps, host);
@@ -356,7 +359,7 @@ export class Engine {
     const was = plain(lineOf(task.memory, line.kind, line.identity));
     let last = "";
     for (let next = seen; ; next = undefined) {
-      const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host));
+      const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host, true));
       if (have.pins !== undefined) line.pins = plain(have.pins);
       const steps = this.#definition.plan(want, have, line);
       if (steps.length === 0) {
@@ -385,7 +388,7 @@ export class Engine {
     } catch (error) {
       // A first step that failed and left nothing is no half-made resource: nothing is owed to anybody.
       if (fresh && error instanceof CommandFailed) {
-        const now = await this.#definition.observe(task.want, task.line, task.host);
+        const now = await this.#definition.observe(task.want, task.line, task.host, false);
         if (!now.exists) {
           await forgetJob(task.host, task.line);
           await forget(task.host, task.line);

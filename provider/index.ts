@@ -45,6 +45,12 @@ export interface Connection {
 /** Bytes as a number, or text with a binary unit: `"512M"`, `"20G"`, `"1T"`. */
 export type Size = number | string;
 
+/** A block of guest ids, both ends inclusive. A `VmIdRange` is one. */
+export interface VmIds {
+  lower: Input<number>;
+  upper: Input<number>;
+}
+
 /** How many backups of each guest stay. Absent = all of them. Evaluated in this order, in local time of the host. */
 export type Retention =
   | { keepAll: true }
@@ -541,6 +547,180 @@ export class LvSnapshot extends HostResource {
       `${this.constructor.name}: nbdUri needs the input \`nbd\`, which offers the snapshot over the network.`,
     );
   }
+}
+
+// ---------------------------------------------------------------- RestoredTemplate
+
+interface RestoreCommon extends OnHost {
+  /** Name of the guest. Default: the one in the backup. */
+  name?: Input<string> | undefined;
+  /** Make it a template (default), or leave it a stopped guest. */
+  template?: Input<boolean> | undefined;
+  /** Check the archive before anything is written, and the volumes afterwards. Default true. */
+  verify?: Input<boolean> | undefined;
+  /** What destroy does. Default `destroy` for a template restored here, `keep` for `template: false` and for what was adopted.
+   *  Destroy refuses while the guest runs or has clones. */
+  onDelete?: Input<"destroy" | "keep"> | undefined;
+}
+
+/** A vzdump archive of the node: by volume id, or the newest (or the one made at `at`) of a guest on a storage. Chosen at creation and then kept. */
+export type DumpSource =
+  | { archive: Input<string>; storage?: undefined; vmId?: undefined; guest?: undefined; at?: undefined }
+  | {
+      storage: Input<string>;
+      vmId: Input<number>;
+      /** Name the archived guest must have. */
+      guest?: Input<string> | undefined;
+      /** `"latest"` (default), a UTC time, or the stamp in the archive's name. */
+      at?: Input<string> | undefined;
+      archive?: undefined;
+    };
+
+/** Proxmox VE. */
+export interface ProxmoxRestoreArgs extends RestoreCommon {
+  from: Input<DumpSource>;
+  /** Storage for the disks; of several the one with most room at creation. */
+  to: Input<{ storage: Input<string> } | Input<{ storage: Input<string> }>[]>;
+  /** The id, `ids.nth(1)`, or a range (`ids`), of which the lowest id that is free is taken.
+   *  A change of `from` is an update: with a range the new guest comes first and the old one goes afterwards; with an id it is restored in place (templates only). */
+  vmId: Input<number> | VmIds;
+  /** New MAC addresses and uuid. Default true. */
+  unique?: Input<boolean> | undefined;
+  pool?: Input<string> | undefined;
+  /** Replaces the archive's tags. */
+  tags?: Input<Input<string>[]> | undefined;
+  description?: Input<string> | undefined;
+  /** KiB/s. */
+  bwlimit?: Input<number> | undefined;
+  disks?: undefined;
+  networks?: undefined;
+}
+
+/** A backup set made by a BackupSchedule, or volumes offered over NBD, by target disk name. */
+export type LibvirtSource =
+  | {
+      directory: Input<string>;
+      guest: Input<string>;
+      at?: Input<string> | undefined;
+      nbd?: undefined;
+      domainXml?: undefined;
+    }
+  | {
+      nbd: Input<Record<string, Input<string>>>;
+      /** Domain XML of the guest. Absent: only volumes are made. */
+      domainXml?: Input<string> | undefined;
+      directory?: undefined;
+      guest?: undefined;
+      at?: undefined;
+    };
+
+export type LibvirtPlace =
+  | { pool: Input<string>; volumeGroup?: undefined }
+  | { volumeGroup: Input<string>; pool?: undefined };
+
+/** KVM with libvirt or plain LVM. */
+export interface LibvirtRestoreArgs extends RestoreCommon {
+  from: Input<LibvirtSource>;
+  /** Storage pool or volume group; of several the one with most room at creation. */
+  to: Input<LibvirtPlace | Input<LibvirtPlace>[]>;
+  /** Volume name and size by target disk name; a size is never smaller than the source. Default name `<name>-<disk>`. */
+  disks?: Input<Record<string, Input<{ name?: Input<string> | undefined; size?: Input<Size> | undefined }>>> | undefined;
+  /** Source network or bridge → one of this host. */
+  networks?: Input<Record<string, Input<string>>> | undefined;
+  vmId?: undefined;
+  unique?: undefined;
+  pool?: undefined;
+  tags?: undefined;
+  description?: undefined;
+  bwlimit?: undefined;
+}
+
+/** `vmId` makes it Proxmox VE, its absence libvirt or LVM. */
+export type RestoredTemplateArgs = ProxmoxRestoreArgs | LibvirtRestoreArgs;
+
+/**
+ * A guest or template restored from a backup, and kept. On Proxmox VE: from a vzdump archive of the node.
+ *
+ * ```ts
+ * const ubuntu = new RestoredTemplate("ubuntu", { host: "node4", from: { storage: dumps.storageId, vmId: 107 }, to: { storage: "local" }, vmId: ids.nth(1) });
+ * export const template = ubuntu.vmId;
+ * ```
+ *
+ * - The archive is chosen once and kept: a newer dump is no change. Another `from` is: with a range the new guest comes first and
+ *   the old one goes afterwards; with an id the template is restored in place, after the new archive was read to its end.
+ * - The restore runs on the node by itself. When the connection or pulumi is lost, the next `up` joins it.
+ * - The copy does not wake up as a twin: no start at boot, no devices of the host, no firewall rules (`status.changed`).
+ * - Refused before anything is made: an archive that does not exist, is empty, unreadable or a container's; dumps of two guests
+ *   under one id; a storage without images or room; an id that is not free.
+ * - Destroy refuses while the guest has linked clones, runs, is locked, protected, managed by HA, has snapshots, or is no longer
+ *   what was restored.
+ */
+export class RestoredTemplate extends HostResource {
+  /** Name of the guest. */
+  declare readonly name: Output<string>;
+  /** Where the volumes went: `{ storage }`, `{ pool }` or `{ volumeGroup }`. */
+  declare readonly place: Output<{ storage?: string; pool?: string; volumeGroup?: string }>;
+  /** Volume id or path by disk. */
+  declare readonly volumes: Output<Record<string, string>>;
+  /** What was restored: the archive's volume id, the set's directory, or the NBD addresses. */
+  declare readonly source: Output<string>;
+  declare readonly sourceTime: Output<Time | undefined>;
+  /** As seen by the last up or refresh. */
+  declare readonly status: Output<{
+    asOf: Time;
+    isTemplate: boolean;
+    running: boolean;
+    clones: string[];
+    bytes: number;
+    seconds: number;
+    /** Settings that differ from the archive on purpose, e.g. `onboot`, host devices. */
+    changed: string[];
+  }>;
+  /** The guest's id. Proxmox only (throws otherwise). Known in preview when an id was given. */
+  declare readonly vmId: Output<number>;
+
+  constructor(name: string, args: RestoredTemplateArgs, opts?: pulumi.CustomResourceOptions) {
+    const isGet = opts?.id !== undefined;
+    const range = isGet ? undefined : rangeOf(args.vmId);
+    const id = range === undefined ? (args.vmId as Input<number> | undefined) : undefined;
+    const outputs = ["place", "volumes", "source", "sourceTime", "status", "guestName", "guestId"];
+    super(
+      "RestoredTemplate",
+      name,
+      { name: undefined, ...args, vmId: range ?? id },
+      outputs,
+      [typeof id === "number" ? String(id) : undefined],
+      // Only a given id makes a new guest collide with the old one: of a range another one is taken.
+      range === undefined ? opts : { deleteBeforeReplace: false, ...opts },
+    );
+    // What was declared is known in preview; what only the node knows is not.
+    const found = this as unknown as { guestName: Output<string>; guestId: Output<number> };
+    if (isGet || args.name === undefined) Object.defineProperty(this, "name", { value: found.guestName });
+    if (isGet || range !== undefined) Object.defineProperty(this, "vmId", { value: found.guestId });
+    else if (id === undefined)
+      Object.defineProperty(this, "vmId", {
+        get: () => {
+          throw new Error(`RestoredTemplate "${name}" has no vmId: it is a guest of libvirt, not of Proxmox VE.`);
+        },
+      });
+  }
+
+  /** Reads an existing guest, also one that is not ours. id: the vmid, or the domain name. Throws when there is none. */
+  static get(
+    name: string,
+    id: Input<pulumi.ID>,
+    lookup: Lookup,
+    opts?: pulumi.CustomResourceOptions,
+  ): RestoredTemplate {
+    return new RestoredTemplate(name, lookup as RestoredTemplateArgs, { ...opts, id });
+  }
+}
+
+/** A VmIdRange is one: its ends only, as a resource is no property of another. */
+function rangeOf(vmId: RestoredTemplateArgs["vmId"]): VmIds | undefined {
+  if (typeof vmId !== "object" || vmId === null || pulumi.Output.isInstance(vmId) || vmId instanceof Promise)
+    return undefined;
+  return "lower" in vmId ? { lower: vmId.lower, upper: vmId.upper } : undefined;
 }
 
 /** Inputs that `.get` learns by reading: registered without a value, so that they become outputs. */

@@ -1,0 +1,121 @@
+// What a RestoredTemplate sets on the guest after qmrestore: the declared name, tags, description and pool; that a copy does not wake
+// up as a twin (no start at boot, no devices of the host, no firewall file); and the template.
+import type { Step } from "./engine.js";
+import { Refused } from "./errors.js";
+import type { Argv } from "./host.js";
+import type { Line } from "./host-ledger.js";
+import * as pve from "./pve.js";
+import * as files from "./pve-guests.js";
+import type { Mine, Pinned, Want } from "./restored-template.js";
+
+// ---------------------------------------------------------------- the owner's mark: the end of the description
+
+/** Proxmox shows a description as Markdown, where a comment is not seen. */
+export function marked(text: string | undefined, owner: string): string {
+  const name = encodeURIComponent(owner).replaceAll("%2F", "/");
+  return `${text ? `${text.trimEnd()}\n\n` : ""}<!-- pulumi-vmbackup ${name} -->`;
+}
+
+export function unmarked(found: string | undefined): { text: string; owner: string | undefined } {
+  const [, text = found ?? "", name] =
+    /^([\s\S]*?)\n*<!-- pulumi-vmbackup (\S+) -->$/.exec((found ?? "").trimEnd()) ?? [];
+  return { text: text.trimEnd(), owner: name === undefined ? undefined : decodeURIComponent(name) };
+}
+
+// ---------------------------------------------------------------- settings
+
+/** A field that adoption found, and that the program does not declare. */
+const isLeft = (field: keyof Want & string, want: Want, line: Pick<Line, "kept">) =>
+  want[field] === undefined && line.kept.includes(field);
+
+/** The first thing after a restore, before the guest counts as what was restored. */
+function twinSettings({ settings, adopted }: Pinned, file: files.GuestFile): { set: string[]; drop: string[] } {
+  if (settings !== undefined || adopted) return { set: [], drop: [] };
+  return {
+    set: file.values.onboot === "1" ? ["--onboot", "0"] : [],
+    drop: files.hostDevices(file.values),
+  };
+}
+
+/** Whether nothing of the first work is left. */
+export function isSettled(want: Want, pinned: Pinned, file: files.GuestFile): boolean {
+  const { set, drop } = twinSettings(pinned, file);
+  return set.length + drop.length === 0 && !file.firewall && files.isTemplate(file) === (want.template ?? true);
+}
+
+/** The next steps to what is declared; [] = it is so. */
+export function changes(want: Want, mine: Mine, line: Line): Step[] {
+  const settings = setStep(want, mine, line);
+  if (settings !== undefined) return [settings];
+  const { file, pinned } = mine;
+  const id = String(file.vmid);
+  if (file.firewall && pinned.settings === undefined && !pinned.adopted)
+    return [
+      {
+        why: `remove the firewall rules that guest ${id} brought with it`,
+        argv: ["rm", "--", `/etc/pve/firewall/${id}.fw`],
+        look: true,
+      },
+    ];
+  if (!isLeft("pool", want, line) && file.pool !== want.pool && !pinned.adopted)
+    return poolSteps(id, file.pool, want.pool);
+  if (want.pool !== undefined && file.pool !== want.pool) return poolSteps(id, file.pool, want.pool);
+  return templateSteps(want, mine, line);
+}
+
+function setStep(want: Want, { file, pinned }: Mine, line: Line): Step | undefined {
+  const { values } = file;
+  const { set, drop } = twinSettings(pinned, file);
+  const name = want.name ?? pinned.archived?.name;
+  if (name !== undefined && name !== values.name && !isLeft("name", want, line)) set.push("--name", name);
+  const tags =
+    want.tags ?? (isLeft("tags", want, line) || pinned.adopted ? undefined : pve.setOf(pinned.archived?.tags));
+  if (tags !== undefined && tags.join() !== pve.setOf(values.tags).join()) {
+    if (tags.length > 0) set.push("--tags", tags.join(";"));
+    else drop.push("tags");
+  }
+  const text = want.description ?? (isLeft("description", want, line) ? undefined : pinned.archived?.description);
+  const description = marked(text ?? unmarked(values.description).text, line.owner);
+  if (description !== (values.description ?? "").trimEnd()) set.push("--description", description);
+  if (set.length + drop.length === 0) return undefined;
+  const id = String(file.vmid);
+  const changed = [...set.filter((word) => word.startsWith("--")).map((word) => word.slice(2)), ...drop].join(", ");
+  // The digest: whoever changed the guest since our look makes this fail instead of being overwritten.
+  const argv: Argv = [
+    "qm",
+    "set",
+    id,
+    "--digest",
+    files.digestOf(file),
+    ...set,
+    ...(drop.length > 0 ? ["--delete", drop.join(",")] : []),
+  ];
+  return { why: `set ${changed} of guest ${id}`, argv, look: true };
+}
+
+/** A guest is in one pool at most: it leaves the one before it enters the other. */
+function poolSteps(id: string, from: string | undefined, to: string | undefined): Step[] {
+  const change = (pool: string, ...more: string[]): Argv => ["pvesh", "set", `/pools/${pool}`, "--vms", id, ...more];
+  if (from !== undefined)
+    return [{ why: `take guest ${id} out of the pool ${from}`, argv: change(from, "--delete", "1"), look: true }];
+  return to === undefined ? [] : [{ why: `put guest ${id} into the pool ${to}`, argv: change(to), look: true }];
+}
+
+function templateSteps(want: Want, { file, pinned }: Mine, line: Line): Step[] {
+  const is = files.isTemplate(file);
+  const wanted = want.template ?? (isLeft("template", want, line) || pinned.adopted ? is : true);
+  if (wanted === is) return [];
+  const id = String(file.vmid);
+  if (!wanted)
+    throw new Refused({
+      what: `template: guest ${id} is a template, and Proxmox turns no template back into a guest.`,
+      next: "Clone it, or make it anew with `pulumi up --replace URN`. Nothing was changed.",
+    });
+  if (file.running)
+    throw new Refused({
+      what: `template: guest ${id} runs, and only a stopped guest can become a template.`,
+      next: "Stop it, or declare `template: false`. Nothing was changed.",
+    });
+  // `qm template` exits 0 also when it failed: whether it is one is read back.
+  return [{ why: `make guest ${id} a template`, argv: ["qm", "template", id], timeout: 1800, look: true }];
+}
