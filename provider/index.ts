@@ -624,7 +624,9 @@ export interface LibvirtRestoreArgs extends RestoreCommon {
   /** Storage pool or volume group; of several the one with most room at creation. */
   to: Input<LibvirtPlace | Input<LibvirtPlace>[]>;
   /** Volume name and size by target disk name; a size is never smaller than the source. Default name `<name>-<disk>`. */
-  disks?: Input<Record<string, Input<{ name?: Input<string> | undefined; size?: Input<Size> | undefined }>>> | undefined;
+  disks?:
+    | Input<Record<string, Input<{ name?: Input<string> | undefined; size?: Input<Size> | undefined }>>>
+    | undefined;
   /** Source network or bridge → one of this host. */
   networks?: Input<Record<string, Input<string>>> | undefined;
   vmId?: undefined;
