@@ -48,6 +48,8 @@ export interface Archived {
   tags: string | undefined;
   description: string | undefined;
   onboot: boolean;
+  /** It was a template already: qmrestore makes it one again. */
+  template: boolean;
   /** Options that name devices of the host it came from. */
   devices: string[];
   /** Of the disks that the archive holds, in bytes. */
@@ -63,6 +65,7 @@ export function archivedConfig(text: string): Archived {
     tags: values.tags,
     description: values.description,
     onboot: values.onboot === "1",
+    template: values.template === "1",
     devices: hostDevices(values),
     virtualBytes: sizes.reduce((sum, size) => sum + size, 0),
   };

@@ -15,7 +15,7 @@ import { contains, type Range } from "./id-range.js";
 import * as pve from "./pve.js";
 import * as files from "./pve-guests.js";
 import { restoreArgv, restoredBy, verifyArgv } from "./qmrestore.js";
-import { choose, type Source } from "./restore-choice.js";
+import { choose, refused, type Source } from "./restore-choice.js";
 import { changes, isSettled, unmarked } from "./restored-settings.js";
 import { notYet } from "./values.js";
 import { firstFree, idsTaken } from "./vm-id-range.js";
@@ -310,7 +310,12 @@ async function chooseNext(
       host,
     );
     if (canGoBack && before.archive === choice.archive) return goBack(); // the same one, named in another way
-    const { name, tags, description = "", onboot, devices } = choice.archived;
+    const { name, tags, description = "", onboot, devices, template } = choice.archived;
+    if (template && want.template === false)
+      throw refused(
+        `template: ${choice.archive} is the backup of a template, and is restored as one.`,
+        "Leave `template` out, and clone it.",
+      );
     const { old: _, ...guestBefore }: Pins = before ?? { vmId: target };
     have.pins = {
       vmId: target,
