@@ -85,9 +85,17 @@ laws({
   ],
   badOnHost: [
     ["an unknown storage", { from: { archive: A.replace("local", "nosuch") } }, /no storage nosuch.*local/s],
-    ["an archive that is gone", { from: { archive: A.replace("_20-", "_25-") } }, /does not exist.*vzdump-qemu-101-2026_11_20/s],
+    [
+      "an archive that is gone",
+      { from: { archive: A.replace("_20-", "_25-") } },
+      /does not exist.*vzdump-qemu-101-2026_11_20/s,
+    ],
     ["a guest without backups", { from: { storage: "local", vmId: 999 } }, /no backup of guest 999.*101, 102/s],
-    ["a time without a backup", { from: { storage: "local", vmId: 101, at: "2020_01_01-00_00_00" } }, /made at 2020_01_01/],
+    [
+      "a time without a backup",
+      { from: { storage: "local", vmId: 101, at: "2020_01_01-00_00_00" } },
+      /made at 2020_01_01/,
+    ],
     ["another guest's name", { from: { storage: "local", vmId: 101, guest: "web" } }, /named web.*db101/s],
     ["an unknown place", { to: { storage: "nosuch" } }, /nosuch does not exist/],
     ["a place that takes no images", { to: { storage: "dumps" } }, /dumps takes no disk images/],
