@@ -81,12 +81,6 @@ export type Time = string;
 
 // ---------------------------------------------------------------- NfsDumpStorage
 
-/** A block of guest ids, both ends inclusive. A `VmIdRange` is one. */
-export interface VmIds {
-  lower: Input<number>;
-  upper: Input<number>;
-}
-
 export type StorageContent = "backup" | "iso" | "vztmpl" | "snippets" | "import" | "images" | "rootdir";
 
 /** An NFS storage of a Proxmox VE node. Names are those of storage.cfg in camel case. */
