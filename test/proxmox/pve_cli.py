@@ -200,19 +200,26 @@ def run_command(prog: str, commands: Commands, words: list[str]) -> None:
 def _help(prog: str, commands: Commands, words: list[str]) -> None:
     options = get_options(HELP.params, words, ["extra-args"], {}, lambda line: err(line + "\n"))
     wanted = options.get("extra-args") or []
-    # Naming a command, or nothing at all, asks for every description.
-    if options.get("verbose", 1):
-        raise NotCovered(f"{prog} help {' '.join(wanted)}: the descriptions of all parameters")
     level: Any = commands
     prefix = prog
     for word in wanted:
-        level = level.get(word) if isinstance(level, dict) else level
-        prefix += f" {word}"
+        if isinstance(level, dict):
+            level = level.get(word)
+            level = commands.get(level.target) if isinstance(level, Alias) else level
+            prefix += f" {word}"
     if level is None:
         _abort(prog, commands, f"unknown command '{wanted[0]}'")
-    text = (usage_line(prefix, level.method, level.args, level.fixed, level.format_options)
-            if isinstance(level, Command) else usage_list(prefix, level, ""))
-    out("USAGE: " + text.lstrip() + "\n")
+    # Naming a command, or nothing at all, asks for every description.
+    if options.get("verbose", 1):
+        raise NotCovered(f"{prog} help {' '.join(wanted)}: the descriptions of all parameters")
+    out("USAGE: " + _plain_usage(prefix, level).lstrip() + "\n")
+
+
+def _plain_usage(prefix: str, level: Command | Commands) -> str:
+    if isinstance(level, Command):
+        return " " * 7 + usage_line(prefix, level.method, level.args, level.fixed, level.format_options)
+    return "".join(_plain_usage(f"{prefix} {name}", level[name]) for name in sorted(level)  # type: ignore[arg-type]
+                   if not isinstance(level[name], Alias))
 
 
 def formatted(returns_of: Method) -> Callable[..., None]:
@@ -308,6 +315,8 @@ def _match(wanted: list[str], parts: list[str]) -> dict[str, str] | None:
         if index >= len(parts):
             return None
         if re.fullmatch(r"\{.+\}", piece):
+            if re.search(r"\s", parts[index]):
+                return None
             found[piece[1:-1]] = parts[index]
         elif piece != parts[index]:
             return None

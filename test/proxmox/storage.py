@@ -53,7 +53,7 @@ def _check_dir_override(value: str) -> str:
     match = re.fullmatch(r"([a-z]+)=([^.]*(?:\.?[^.]+)+)", value)
     if match and _check_content(match[1]) and len(match[2]) < 1023 and all(len(p) < 255 for p in match[2].split("/")):
         return value
-    raise PveError(f"override must be of form 'content-type=/path', got '{value}'\n")
+    raise PveError(f"invalid override '{value}'\n")
 
 
 def parse_volume_id(volid: str) -> tuple[str, str]:
@@ -211,7 +211,7 @@ def _encode(kind: str, key: str, value: Any) -> Any:
     if key == "nodes":
         return ",".join(cluster.shuffled(value))
     if key == "content-dirs":
-        return ",".join(f"{k}={v}" for k, v in cluster.shuffled(value.items()))
+        return ",".join(f"{k}={v}" for k, v in sorted(value.items()))
     return value
 
 
@@ -369,7 +369,9 @@ def activate(config: StorageConfig, ident: str, cache: Cache | None = None) -> N
         _activate_directory(ident, scfg)
     elif kind == "lvmthin" and thin.group_exists(scfg):
         pass
-    elif kind in ("lvm", "lvmthin"):
+    elif kind == "lvm":
+        pass    # volumes are activated one by one; a group that is not there shows only in the status
+    elif kind == "lvmthin":
         raise PveError(f"no such volume group '{scfg['vgname']}'\n")
     elif kind == "zfspool":
         raise PveError(f"could not activate storage '{ident}', zfs error: cannot import '{scfg['pool']}': "
@@ -439,6 +441,8 @@ def _status(scfg: Config, cache: Cache) -> tuple[int, int, int] | None:
         return None
     if scfg["type"] == "lvmthin":
         return thin.status() if thin.group_exists(scfg) else None
+    if scfg["type"] == "lvm":
+        return None
     mountpoint = _is_mountpoint(scfg)
     if mountpoint and not os.path.ismount(mountpoint):
         return None

@@ -130,6 +130,11 @@ def image_info(path: str, fmt: str) -> dict[str, Any]:
             if backing_offset:
                 handle.seek(backing_offset)
                 parent = handle.read(backing_length).decode("utf-8", "replace")
+    elif fmt == "vmdk":
+        with open(path, "rb") as handle:
+            header = handle.read(20)
+        if header[:4] == b"KDMV":
+            size = struct.unpack("<Q", header[12:20])[0] * 512
     return {"size": size, "used": used, "parent": parent, "ctime": int(stat.st_ctime), "format": fmt}
 
 
