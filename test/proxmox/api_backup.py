@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import time
 import uuid
@@ -89,13 +91,71 @@ def _decode_file(kind: str, key: str, value: Any) -> Any:
     return cluster.decode_text(value) if key == "comment" else _decode(kind, key, value)
 
 
-_TYPES = {"vzdump": {key: ({} if key == "schedule" else {"optional": 1}) for key in _STORED}}
-_FROM_FILE = cluster.SectionConfig(_TYPES, _STORED, _decode_file, _encode)
-_FROM_CALL = cluster.SectionConfig(_TYPES, _STORED, _decode, _encode)
+# The other kind of job in the same file is kept, and otherwise left alone.
+_REALM_SYNC: Props = {"realm": {"type": "string"}, "scope": _S, "remove-vanished": _S, "enable-new": _B}
+_TYPES = {"realm-sync": {"realm": {}, "schedule": {}, "scope": {}, "enabled": {"optional": 1}, "comment": {"optional": 1},
+                         "remove-vanished": {"optional": 1}, "enable-new": {"optional": 1}},
+          "vzdump": {key: ({} if key == "schedule" else {"optional": 1}) for key in _STORED}}
+_FROM_FILE = cluster.SectionConfig(_TYPES, {**_STORED, **_REALM_SYNC}, _decode_file, _encode)
+_FROM_CALL = cluster.SectionConfig(_TYPES, {**_STORED, **_REALM_SYNC}, _decode, _encode)
 
 
 def read_jobs() -> dict[str, dict[str, Any]]:
-    return _FROM_FILE.parse("jobs.cfg", cluster.read("jobs.cfg"))
+    """Every job of the file, of whatever type."""
+    jobs = _FROM_FILE.parse("jobs.cfg", cluster.read("jobs.cfg"))
+    for job in jobs.values():
+        job.setdefault("enabled", 1)
+    return jobs
+
+
+def _backup_job(ident: str) -> dict[str, Any]:
+    job = read_jobs().get(ident)
+    if job is None or job["type"] != "vzdump":
+        raise _no_such_job(ident)
+    return job
+
+
+# --- what the scheduler remembers of a job ----------------------------------------------------
+
+_STATES = "/var/lib/pve-manager/jobs"
+
+
+def _state(ident: str) -> dict[str, Any]:
+    try:
+        with open(f"{_STATES}/vzdump-{ident}.json", encoding="utf-8") as handle:
+            return json.load(handle)
+    except (OSError, ValueError):
+        return {"state": "created", "time": 0}
+
+
+def _save_state(ident: str, state: dict[str, Any]) -> None:
+    os.makedirs(_STATES, exist_ok=True)
+    path = f"{_STATES}/vzdump-{ident}.json"
+    with open(f"{path}.tmp.{os.getpid()}", "w", encoding="utf-8") as handle:
+        json.dump(state, handle)
+    os.rename(f"{path}.tmp.{os.getpid()}", path)
+
+
+def _remember(ident: str, job: dict[str, Any], created: bool) -> None:
+    state = _state(ident)
+    if created:
+        if state["state"] != "created":
+            raise PveError("job state already exists\n")
+        state["time"] = int(time.time())
+    kept = {key: job[key] for key in ("enabled", "schedule") if job.get(key) is not None}
+    if not created and state.get("config", {}) != kept:
+        state["updated"] = int(time.time())
+    elif not created:
+        return
+    state["config"] = kept
+    _save_state(ident, state)
+
+
+def _forget(ident: str) -> None:
+    try:
+        os.unlink(f"{_STATES}/vzdump-{ident}.json")
+    except OSError:
+        pass
 
 
 def write_jobs(jobs: dict[str, dict[str, Any]]) -> None:
@@ -179,6 +239,8 @@ _JOB_RESULT: Props = {
 def jobs_index(_param: dict[str, Any]) -> list[dict]:
     result = []
     for ident, job in read_jobs().items():
+        if job["type"] != "vzdump":
+            continue
         shown = _shown(ident, job)
         if job.get("schedule"):
             try:
@@ -209,6 +271,7 @@ def job_create(param: dict[str, Any]) -> None:
             raise PveError(f"Job '{ident}' already exists\n")
         verify_parameters(param, True)
         jobs[ident] = _FROM_CALL.check_config("vzdump", param, True, True)
+        _remember(ident, jobs[ident], True)
         write_jobs(jobs)
         misbehave.point("pvesh.backup.create", "written")
     _plain(lambda: cluster.locked_file("jobs.cfg", create))
@@ -220,10 +283,7 @@ def _no_such_job(ident: str) -> PveException:
 
 @Method("GET", "/cluster/backup/{id}", {"id": _JOBID}, {"type": "object", "properties": _JOB_RESULT}, GROUP)
 def job_read(param: dict[str, Any]) -> dict:
-    jobs = read_jobs()
-    if param["id"] not in jobs:
-        raise _no_such_job(param["id"])
-    return _shown(param["id"], jobs[param["id"]])
+    return _shown(param["id"], _backup_job(param["id"]))
 
 
 @Method("DELETE", "/cluster/backup/{id}", {"id": _JOBID}, {"type": "null"}, GROUP)
@@ -236,6 +296,7 @@ def job_delete(param: dict[str, Any]) -> None:
         if ident not in jobs:
             raise _no_such_job(ident)
         del jobs[ident]
+        _forget(ident)
         write_jobs(jobs)
     _plain(lambda: cluster.locked_file("vzdump.cron", lambda: cluster.locked_file("jobs.cfg", delete)))
 
@@ -259,7 +320,7 @@ def job_update(param: dict[str, Any]) -> None:
         verify_parameters(param, False)
         _FROM_CALL.check_config("vzdump", param, False, True)
         job = jobs.get(ident)
-        if job is None:
+        if job is None or job["type"] != "vzdump":
             raise PveError("no such vzdump job\n")
         for key in delete:
             if key not in VZDUMP_OPTIONS and key not in ("comment", "repeat-missed"):
@@ -279,6 +340,7 @@ def job_update(param: dict[str, Any]) -> None:
             job.pop(key, None)
         verify_parameters(job, True)
         write_jobs(jobs)
+        _remember(ident, job, False)
         misbehave.point("pvesh.backup.set", "written")
     _plain(lambda: cluster.locked_file("vzdump.cron", lambda: cluster.locked_file("jobs.cfg", update)))
 
@@ -290,6 +352,8 @@ def remove_guest_from_jobs(vmid: int) -> None:
         changed = False
         for ident in list(jobs):
             job = jobs[ident]
+            if job["type"] != "vzdump":
+                continue
             for key in ("vmid", "exclude"):
                 if job.get(key) is None:
                     continue
@@ -356,12 +420,10 @@ def backup_volumes(config: dict[str, str]) -> list[dict[str, Any]]:
 @Method("GET", "/cluster/backup/{id}/included_volumes", {"id": _JOBID}, {"type": "object", "properties": {
     "children": {"type": "array"}}}, GROUP)
 def included_volumes(param: dict[str, Any]) -> dict:
-    jobs = read_jobs()
-    if param["id"] not in jobs:
-        raise _no_such_job(param["id"])
+    job = _backup_job(param["id"])
     known = cluster.guests()
     children = []
-    for vmids in included_guests(jobs[param["id"]]).values():
+    for vmids in included_guests(job).values():
         for vmid in vmids:
             if vmid not in known:
                 children.append({"id": vmid, "type": "unknown", "leaf": 1})
@@ -385,7 +447,7 @@ def backup_info(_param: dict[str, Any]) -> list[dict]:
     "type": {"type": "string"}, "vmid": {"type": "integer"}, "name": {"type": "string", "optional": 1}}}},
     "PVE::API2::Cluster::BackupInfo")
 def not_backed_up(_param: dict[str, Any]) -> list[dict]:
-    covered = {vmid for job in read_jobs().values() for vmids in included_guests(job).values() for vmid in vmids}
+    covered = {vmid for job in read_jobs().values() if job["type"] == "vzdump" for vmids in included_guests(job).values() for vmid in vmids}
     result = []
     for vmid, guest in cluster.guests().items():
         if vmid in covered:

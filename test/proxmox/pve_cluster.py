@@ -362,7 +362,8 @@ def read_datacenter() -> dict[str, Any]:
 
 def write_datacenter(config: dict[str, Any]) -> None:
     description = str(config.get("description") or "")
-    text = "".join(f"#{encode_text(line)}\n" for line in description.rstrip("\n").split("\n")) if description else "\n"
+    text = "".join(f"#{encode_text(line)}\n" for line in description.rstrip("\n").split("\n")) if description else ""
+    text += "\n"
     for key in sorted(config):
         value = config[key]
         if key == "description" or value is None:
