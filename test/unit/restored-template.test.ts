@@ -89,7 +89,8 @@ describe("the log of a restore, as recorded", () => {
 
   it("names every volume that a good one made", () => {
     const fine = restores.filter(
-      ({ exit, cmd, stdout }) => exit === 0 && cmd.includes("local") && stdout.includes("new volume ID"),
+      ({ exit, cmd, stdout }) =>
+        exit === 0 && cmd.includes("local") && /new volume ID[\s\S]*total bytes read/.test(stdout),
     );
     expect(fine.length).toBeGreaterThan(2);
     for (const { stdout, cmd } of fine) {
