@@ -151,6 +151,8 @@ export class NfsDumpStorage extends HostResource {
   }>;
   /** Echoed input: where the dumps lie follows from it. */
   declare private readonly contentDirs: Output<Partial<Record<StorageContent, string>> | undefined>;
+  /** Not declared, the echo would be unknown in a preview: what is not sent does not come back before it is made. */
+  readonly #hasContentDirs: boolean;
 
   constructor(name: string, args: NfsDumpStorageArgs, opts?: pulumi.CustomResourceOptions) {
     const isGet = opts?.id !== undefined;
@@ -172,13 +174,10 @@ export class NfsDumpStorage extends HostResource {
       : {
           ...args,
           path: args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`,
-          contentDirs: args.contentDirs,
           ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }),
         };
     super("NfsDumpStorage", name, declared, ["status"], [args.storageId], opts);
-    // What is not declared is unknown in every preview: where the dumps lie is not, unless adoption kept it as it was.
-    if (!isGet && args.contentDirs === undefined && args.adopt === undefined && pulumi.runtime.isDryRun())
-      Object.defineProperty(this, "contentDirs", { value: pulumi.output(undefined) });
+    this.#hasContentDirs = isGet || args.contentDirs !== undefined;
   }
 
   /** Reads an existing storage, also one that is not ours. id: the storage id. Throws when there is none. */
@@ -188,6 +187,7 @@ export class NfsDumpStorage extends HostResource {
 
   /** Directory of the dumps. Known in preview. */
   get dumpPath(): Output<string> {
+    if (!this.#hasContentDirs) return pulumi.interpolate`${this.path}/dump`;
     return pulumi.interpolate`${this.path}/${this.contentDirs.apply((dirs) => dirs?.backup ?? "dump")}`;
   }
 }

@@ -1,7 +1,9 @@
+import * as pulumi from "@pulumi/pulumi";
 import { describe, expect, it } from "vitest";
 import { check, diff } from "../../provider/engine-check.js";
 import type { Fields } from "../../provider/engine-values.js";
 import type { Line } from "../../provider/host-ledger.js";
+import { NfsDumpStorage, VmIdRange } from "../../provider/index.js";
 import { nfsDumpStorage } from "../../provider/nfs-dump-storage.js";
 import { asDeclared, declared, found, sameValue } from "../../provider/nfs-dump-storage-inputs.js";
 import { sectionHash, sections } from "../../provider/pve.js";
@@ -255,5 +257,54 @@ describe("plan", () => {
     expect(nfsDumpStorage.asFound(want(), h, l)).toEqual({ ...want(), bwlimit: "restore=1" });
     expect(nfsDumpStorage.asFound(want({ bwlimit: "restore=1" }), h, l)).toEqual(want({ bwlimit: "restore=1" }));
     expect(nfsDumpStorage.asFound(want({ retention: { keepLast: 3 } }), have("\tcontent backup\n"), l)).toEqual(want());
+  });
+});
+
+describe("the class", () => {
+  const known = <T>(output: pulumi.Output<T>) => new Promise<T>((resolve) => output.apply(resolve));
+  async function run(program: () => void): Promise<pulumi.runtime.MockResourceArgs[]> {
+    const sent: pulumi.runtime.MockResourceArgs[] = [];
+    const newResource = (args: pulumi.runtime.MockResourceArgs) => {
+      sent.push(args);
+      return { id: args.id || args.name, state: args.inputs };
+    };
+    await pulumi.runtime.setMocks({ newResource, call: ({ inputs }) => inputs }, "fleet", "prod", true, "acme");
+    program();
+    await pulumi.runtime.disconnect();
+    return sent;
+  }
+  const args = { host: "n4", storageId: "dumps", server: "s", export: "/e" };
+
+  it("knows path and dumpPath in preview, from its own inputs", async () => {
+    let paths: Promise<string>[] = [];
+    const sent = await run(() => {
+      const one = new NfsDumpStorage("one", args);
+      const two = new NfsDumpStorage("two", {
+        ...args,
+        storageId: "b",
+        path: "/mnt/x",
+        contentDirs: { backup: "dump-n4" },
+      });
+      paths = [one.path, one.dumpPath, two.path, two.dumpPath].map(known);
+    });
+    expect(await Promise.all(paths)).toEqual(["/mnt/pve/dumps", "/mnt/pve/dumps/dump", "/mnt/x", "/mnt/x/dump-n4"]);
+    expect(sent.find(({ name }) => name === "one")?.inputs).toMatchObject({ path: "/mnt/pve/dumps", __owner: "acme/fleet/prod/NfsDumpStorage/one" });
+  });
+
+  it("takes a VmIdRange as two numbers", async () => {
+    const sent = await run(() => {
+      const ids = new VmIdRange("ids", { host: "n4", lower: 14001, upper: 14999 });
+      new NfsDumpStorage("one", { ...args, vmIds: ids });
+      new NfsDumpStorage("two", { ...args, storageId: "b", vmIds: pulumi.output({ lower: 1000, upper: 2000 }) });
+    });
+    expect(sent.find(({ name }) => name === "one")?.inputs.vmIds).toEqual({ lower: 14001, upper: 14999 });
+    expect(sent.find(({ name }) => name === "two")?.inputs.vmIds).toEqual({ lower: 1000, upper: 2000 });
+  });
+
+  it("refuses two resources for one storage on the user's line", async () => {
+    await run(() => {
+      new NfsDumpStorage("one", args);
+      expect(() => new NfsDumpStorage("two", args)).toThrow(/"two" and "one" are the same object/);
+    });
   });
 });
