@@ -524,7 +524,7 @@ settle() {
 // that it cannot write there, its directory, and a storage whose ids are not ours.
 const ADD = `${ON_MOUNT}${EXPLAIN}
 id=$1 path=$2 source=$3 server=$4 key=$5 claim=$6; shift 6
-if [ "$claim" = claim ]; then c1=$1 c2=$2 c3=$3 c4=$4 c5=$5; shift 5; fi
+if [ "$claim" = claim ]; then owner=$1 lower=$2 upper=$3 adopt=$4 used=$5; shift 5; fi
 [ -d "$path" ] && had=1 || had=
 top=$(source_at "$path")
 # A mount that an earlier storage left would be taken over, with its old options.
@@ -542,7 +542,7 @@ writer storage.cfg "$@" || {
 }
 [ "$key" != - ] || exit 0
 settle "$id" "$path" "$source" "$key" || { undo 1; exit 1; }
-[ "$claim" != claim ] || claim "$path" "$source" ${IDENTITY_FILES.join(" ")} "$id" "$c1" "$c2" "$c3" "$c4" "$c5" || { code=$?; undo 1; exit "$code"; }`;
+[ "$claim" != claim ] || claim "$path" "$source" ${IDENTITY_FILES.join(" ")} "$id" "$owner" "$lower" "$upper" "$adopt" "$used" || { code=$?; undo 1; exit "$code"; }`;
 
 function add(want: Want, have: Have, line: Line<Pins>): Step {
   const id = want.storageId;

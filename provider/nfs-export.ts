@@ -93,10 +93,9 @@ unmount() {
 
 # Goes into the mount and makes sure that it is the declared one: below a lost mount there is the node's own disk.
 enter() {
+  cd "$1" 2>/dev/null || { say "there is no $1"; return 1; }
   top=$(source_at "$1")
-  if [ "$top" != "$2" ]; then say "at $1 is mounted \${top:-nothing}, not $2"; return 1; fi
-  cd "$1" || return 1
-  [ "$(source_at "$1")" = "$2" ] || { say "the mount at $1 went away"; return 1; }
+  if [ "$top" != "$2" ] || ! [ . -ef "$1" ]; then say "at $1 is mounted \${top:-nothing}, not $2"; return 1; fi
 }
 
 # One write probe. What the export refuses (read-only, a squashed root, no room) shows here and not in the night.

@@ -288,7 +288,10 @@ describe("the class", () => {
       paths = [one.path, one.dumpPath, two.path, two.dumpPath].map(known);
     });
     expect(await Promise.all(paths)).toEqual(["/mnt/pve/dumps", "/mnt/pve/dumps/dump", "/mnt/x", "/mnt/x/dump-n4"]);
-    expect(sent.find(({ name }) => name === "one")?.inputs).toMatchObject({ path: "/mnt/pve/dumps", __owner: "acme/fleet/prod/NfsDumpStorage/one" });
+    expect(sent.find(({ name }) => name === "one")?.inputs).toMatchObject({
+      path: "/mnt/pve/dumps",
+      __owner: "acme/fleet/prod/NfsDumpStorage/one",
+    });
   });
 
   it("takes a VmIdRange as two numbers", async () => {

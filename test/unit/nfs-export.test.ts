@@ -155,11 +155,18 @@ describe("the registry of claims", () => {
   });
 
   it("nothing is written where the export is not mounted", () => {
-    const folder = join(root, "nosuch");
-    const refused = claim(folder, "a", 100, 200);
-    expect(refused.status).not.toBe(0);
-    expect(refused.said).toContain("nothing, not s:/e");
-    expect(existsSync(folder)).toBe(false);
+    expect(claim(join(root, "nosuch"), "a", 100, 200)).toMatchObject({
+      status: 1,
+      said: expect.stringContaining("there is no"),
+    });
+    const folder = fresh();
+    const lost = script.replace("echo s:/e", "echo other:/e");
+    const { status, stderr } = spawnSync("sh", ["-c", lost, "claim", ...words(folder, "a", 100, 200)], {
+      encoding: "utf8",
+    });
+    expect(status).not.toBe(0);
+    expect(stderr).toContain("is mounted other:/e, not s:/e");
+    expect(existsSync(join(folder, REGISTRY))).toBe(false);
   });
 
   it("a lock whose holder died is broken after two minutes, on the server's clock", () => {
