@@ -58,6 +58,8 @@ export async function show(fresh: boolean): Promise<void> {
   await project.pulumi("up", "--yes");
   head("The dump, as both nodes see it");
   for (const name of names) await ask(name, "pvesm list nfs-fast-dump");
+  head("The template, restored from it on each node under the first id of the node's own block");
+  for (const [name, block] of Object.entries(nodes)) await ask(name, `qm config ${block}001`);
   head("The drift check: every node is as declared");
   await project.pulumi("preview --refresh --expect-no-changes");
   head("Somebody removes a job by hand; the drift check sees it");

@@ -23,6 +23,7 @@ const fleet = Object.entries(nodes).map(
       nfs: { server: "skydev", export: "/mnt/data/pve-dump" },
       schedule: "02:30",
       retention: { keepLast: 3, keepDaily: 7 },
+      templates: { ubuntu: 107 },
     }),
 );
 
@@ -31,4 +32,11 @@ export const dumpPath = fleet[0]?.dumps.dumpPath;
 /** Of each node: how its last run ended, and which guests it does not cover. */
 export const nightly = Object.fromEntries(
   fleet.map(({ name, nightly: { status } }) => [name, { lastRun: status.lastRun, uncovered: status.uncovered }]),
+);
+/** `qm clone ID NEW` makes a guest of it. */
+export const templates = Object.fromEntries(
+  fleet.map(({ name, templates }) => [
+    name,
+    Object.fromEntries(Object.entries(templates).map(([t, { vmId }]) => [t, vmId])),
+  ]),
 );

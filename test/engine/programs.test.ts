@@ -10,6 +10,8 @@ import { sshConfig, useHosts } from "../lab/lab.js";
 import { type Project, useProjects } from "./project.js";
 
 const root = join(__dirname, "../..");
+/** Of each node: component, range, storage, job, template; and the stack. */
+const ALL = 11;
 const project = useProjects();
 
 describe("a first preview, all hosts switched off", () => {
@@ -42,6 +44,18 @@ describe("a first preview, all hosts switched off", () => {
     };
     expect(await preview("a")).toMatchObject({ create: 2 });
     expect(await Promise.all([preview("b"), preview("c")])).toMatchObject([{ create: 2 }, { create: 2 }]);
+  });
+
+  it("shows where things will be: path, dumpPath, the first id, a given id", async () => {
+    const source = readFileSync(join(root, "test/programs/s0-fleet.ts"), "utf8");
+    const shown = "templates[`${host} is known`] = [dumps.path, dumps.dumpPath, ids.nth(1)];";
+    const it = await project(source.replace(/\}\s*$/, `${shown}\n}\n`));
+    const run = await it.preview();
+    expect(run, run.all).toMatchObject({ exitCode: 0, summary: { create: 36 } });
+    expect(run.all).toMatch(/skyserver4\s*: 14001/);
+    const known =
+      /skyserver4 is known: \[\s*\[0\]: "\/mnt\/pve\/nfs-fast-dump"\s*\[1\]: "\/mnt\/pve\/nfs-fast-dump\/dump"\s*\[2\]: 14001/;
+    expect(run.all).toMatch(known);
   });
 
   it("names the property of what check refuses", async () => {
@@ -79,7 +93,7 @@ describe("examples/standalone-nodes on two nodes", () => {
   beforeAll(async () => {
     // A dump of a guest that is long gone, copied into the export by hand.
     await pve1.ssh(
-      `set -e; qm create 107 --name ubuntu --memory 512 --scsi0 local:1; vzdump 107 --dumpdir /var/tmp --compress zstd; qm destroy 107
+      `set -e; qm create 107 --name ubuntu --memory 512 --onboot 1 --scsi0 local:1; vzdump 107 --dumpdir /var/tmp --compress zstd; qm destroy 107
        mv /var/tmp/vzdump-qemu-107-* /srv/nfs/skydev/mnt/data/pve-dump/dump/`,
     );
     example = await project("", {
@@ -95,20 +109,24 @@ describe("examples/standalone-nodes on two nodes", () => {
 
   it("shows the dumps' directory in the first preview", async () => {
     const run = await example.preview();
-    expect(run).toMatchObject({ exitCode: 0, summary: { create: 9 } });
-    expect(run.all).toContain('dumpPath: "/mnt/pve/nfs-fast-dump/dump"');
+    expect(run).toMatchObject({ exitCode: 0, summary: { create: ALL } });
+    expect(run.all).toContain('dumpPath : "/mnt/pve/nfs-fast-dump/dump"');
+    expect(run.all).toMatch(/ubuntu: 14001/);
   });
 
   it("up: both nodes have storage, ids and job, and see the dump", async () => {
     const run = await example.up();
-    expect(run, run.all).toMatchObject({ exitCode: 0, summary: { create: 9 } });
-    const [dump] = readdirSync(dumps);
+    expect(run, run.all).toMatchObject({ exitCode: 0, summary: { create: ALL } });
+    const dump = readdirSync(dumps).find((name) => name.endsWith(".vma.zst"));
     for (const [host, block] of [
       [pve1, 14],
       [pve2, 15],
     ] as const) {
       expect(await on(host, "pvesm list nfs-fast-dump")).toContain(`nfs-fast-dump:backup/${dump}`);
       expect(await jobs(host)).toMatchObject([{ id: "nightly", schedule: "02:30", storage: "nfs-fast-dump", all: 1 }]);
+      // The template of the dump, which does not wake up as a twin
+      expect(await on(host, `cat /etc/pve/qemu-server/${block}001.conf`)).toMatch(/name: ubuntu.*template: 1/s);
+      expect(await on(host, `cat /etc/pve/qemu-server/${block}001.conf`)).not.toMatch(/onboot: 1/);
       // Proxmox's own upper end is exclusive
       expect((await json(host, "pvesh get /cluster/options"))["next-id"]).toMatch(
         new RegExp(`lower=${block}001,upper=${block + 1}000`),
@@ -119,14 +137,15 @@ describe("examples/standalone-nodes on two nodes", () => {
 
   it("is as declared, and says so", async () => {
     expect(await example.preview("--refresh", "--expect-no-changes")).toMatchObject({ exitCode: 0 });
-    expect(await example.up()).toMatchObject({ exitCode: 0, summary: { same: 9 } });
+    expect(await example.up()).toMatchObject({ exitCode: 0, summary: { same: ALL } });
   });
 
   it.each([
     ["retention", (s: string) => s.replace("retention: {", "retention: block === 14 ? { keepLast: 5 } : {")],
     [
       "enforce",
-      (s: string) => s.replace("upper: block * 1000 + 999", "upper: block * 1000 + 999, enforce: block !== 14"),
+      (s: string) =>
+        s.replace("upper: block * 1000 + 999", "upper: block * 1000 + 999, ...(block === 14 && { enforce: false })"),
     ],
   ])("a changed %s of one node is one update, and no replacement", async (_field, change) => {
     await write(change);
@@ -134,7 +153,7 @@ describe("examples/standalone-nodes on two nodes", () => {
     await write();
     expect(run, run.all).toMatchObject({ exitCode: 0, summary: { update: 1 } });
     expect(run.summary.replace).toBeUndefined();
-    expect(run.summary.same).toBe(8);
+    expect(run.summary.same).toBe(ALL - 1);
   });
 
   it("finds what was changed by hand, and repairs it", async () => {
@@ -154,6 +173,7 @@ describe("examples/standalone-nodes on two nodes", () => {
     expect(await example.destroy()).toMatchObject({ exitCode: 0 });
     for (const host of [pve1, pve2]) {
       expect(await jobs(host)).toEqual([]);
+      expect(await on(host, "ls /etc/pve/qemu-server /var/lib/vz/images")).not.toMatch(/[0-9]{3}/);
       expect(await json(host, "pvesh get /cluster/options")).not.toHaveProperty("next-id");
       expect(await on(host, "cat /etc/pve/storage.cfg")).not.toContain("nfs-fast-dump");
       expect(await on(host, "findmnt -n -o SOURCE --mountpoint /mnt/pve/nfs-fast-dump || true")).toBe("");

@@ -59,6 +59,18 @@ describe("a backed-up node", () => {
     expect(made["BackupSchedule n4"]).toMatchObject({ host, schedule: "sat 03:00" });
   });
 
+  it("restores templates under the first ids of its block", async () => {
+    const node = new BackedUpNode("n4", { host: "n4", block: 14, nfs, templates: { ubuntu: 107, debian: 102 } });
+    await value(pulumi.all(Object.values(node.templates).map(({ urn }) => urn)));
+    expect(made["RestoredTemplate n4-ubuntu"]).toMatchObject({
+      from: { storage: "nfs-fast-dump", vmId: 107 },
+      to: { storage: "local" },
+      vmId: 14001,
+    });
+    expect(made["RestoredTemplate n4-debian"]).toMatchObject({ from: { vmId: 102 }, vmId: 14002 });
+    expect(await value(pulumi.output(node.templates.debian?.vmId))).toBe(14002);
+  });
+
   it("has ids of its own: a block that is given twice is refused, with both names", () => {
     new BackedUpNode("n4", { host: "n4", block: 14, nfs });
     expect(() => new BackedUpNode("n5", { host: "n5", block: 14, nfs })).toThrow(/"n5".*"n4"/s);
