@@ -108,6 +108,9 @@ if [ -n "$old" ]; then systemctl reset-failed "$old.service" 2>/dev/null; rm -f 
 : >"$base.log" || exit
 exec systemd-run --quiet --unit="$unit" --description="$why" --service-type=exec --setenv=LC_ALL=C.UTF-8 --setenv=PATH="$PATH" -- sh -c "$run" vmbackup-job "$base" "$@"`;
 
+/** systemd puts variables into the words of a unit's command: "$$" is a dollar. */
+const asIs = (word: string) => word.replaceAll("$", "$$$$");
+
 /**
  * Puts a new job into the line and returns the command that starts it, to be run as a fenced step (which writes the line first).
  * The earlier job of the line is forgotten with it.
@@ -119,7 +122,18 @@ export function started(line: Line, step: Command, bootId: string): Command {
   const old = before === undefined ? ["", ""] : [before.unit, baseOf(before)];
   return {
     why: step.why,
-    argv: ["sh", "-c", START, "vmbackup-start", job.unit, baseOf(job), step.why, RUN, ...old, ...step.argv],
+    argv: [
+      "sh",
+      "-c",
+      START,
+      "vmbackup-start",
+      job.unit,
+      baseOf(job),
+      step.why,
+      asIs(RUN),
+      ...old,
+      ...step.argv.map(asIs),
+    ],
     shown: step.shown ?? step.argv,
     timeout: 120,
     next: step.next,
