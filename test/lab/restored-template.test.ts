@@ -2,7 +2,7 @@
 // in Proxmox's own files and tools, never through our own read.
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
 import { closeAll } from "../../provider/host.js";
 import { hooks } from "../../provider/host-ledger.js";
@@ -153,11 +153,7 @@ describe("RestoredTemplate on the stand-ins", () => {
     until(async () => (await conf(vmid)) === "memory: 128" && (await volumes(vmid)).length > 0);
   /** What is none of ours: it has to be the same afterwards, byte for byte. */
   const bystanders = async () =>
-    (
-      await node.ssh(
-        "cd / && sha256sum /etc/pve/qemu-server/9*.conf /var/lib/vz/images/9*/* /var/lib/vz/images/dir/* 2>/dev/null",
-      )
-    ).stdout;
+    (await node.ssh("sha256sum /etc/pve/qemu-server/9*.conf /var/lib/vz/images/9*/*")).stdout;
   const ids = async () =>
     (await node.ssh("cd /etc/pve/qemu-server && ls")).stdout.split("\n").map((f) => Number.parseInt(f, 10));
 
@@ -260,6 +256,19 @@ describe("RestoredTemplate on the stand-ins", () => {
     expect(outputs(stack).place).toEqual({ storage: "second" });
     expect(await stack.preview(mine({ to: [{ storage: "small" }, { storage: "second" }] }))).toBe("same");
     await node.ssh("pvesm remove small; umount /mnt/small");
+  });
+
+  it("restores a disk of 512 GiB with little data where 512 GiB are not free, and says so", async () => {
+    await node.ssh(`python3 - ${DUMPS}`, {
+      input: `import sys; sys.path.insert(0, "/usr/lib/pve-stand-ins"); import recorded_archives as r
+r.CONFIG = r.CONFIG.replace("size=64M", "size=512G"); r.DUMPS = (("110", "2026_11_20-10_00_00", "zst", 1795305480),); r.main(sys.argv[1])\n`,
+    });
+    const warned = vi.spyOn(console, "warn").mockImplementation(() => {});
+    const stack = stackFor();
+    await stack.up(mine({ from: { storage: "local", vmId: 110 } }));
+    expect(warned.mock.calls.flat().join()).toMatch(/may grow to \d{12,} bytes, and local had \d+ free/);
+    expect(await conf(id)).toMatch(/template: 1/);
+    warned.mockRestore();
   });
 
   it("an id that is taken between our look and the restore: a range goes on, a number says so, the other guest stays", async () => {
