@@ -303,7 +303,7 @@ describe("whose is it", () => {
     await stack.up({ ...want, export: "/adopted2", bwlimit: "restore=9" });
     await stack.up({ ...want, export: "/adopted2" });
     expect(await look(id)).not.toContain("bwlimit"); // once declared, it goes when it is left out
-  });
+  }, 600_000);
 
   it("`.get` reads what is there and throws for what is not", async () => {
     const { id } = fresh();
@@ -396,7 +396,7 @@ describe("in use", () => {
     expect(await look(id)).toMatch(/export \/mnt\/data\/other/);
     expect(await look(id)).toMatch(/mounted skydev:\/mnt\/data\/other$/m);
     expect(await look(id)).not.toMatch(/disable/);
-  });
+  }, 600_000);
 
   it("a move that stops after any of its steps is finished by the next run", async () => {
     for (let k = 1; ; k++) {
@@ -421,7 +421,7 @@ describe("in use", () => {
         break;
       }
     }
-  });
+  }, 600_000);
 
   it("a content type that guests use is not dropped, a directory that holds something is not changed", async () => {
     const { id, stack } = fresh();
@@ -572,7 +572,7 @@ describe("locks and connections", () => {
       await stack.up(inputs(id));
       expect((await look(id))?.match(/mounted/g)).toHaveLength(1);
     }
-  });
+  }, 600_000);
 });
 
 describe("ids on a shared export", () => {
@@ -648,7 +648,7 @@ describe("ids on a shared export", () => {
       await one.stack.destroy();
       await two.stack.destroy();
     }
-  });
+  }, 600_000);
 });
 
 describe("two nodes that share one export", () => {
