@@ -248,7 +248,8 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
   // After `pvesm remove` the mount is still there; what we had tells whose it is.
   const before = pins.proven?.split(" ")[0] ?? (want.server === undefined ? "" : sourceOf(want.server, want.export));
   const source = await asMounted(rowSource ?? before, mounted.at(-1), host);
-  const looked = state?.active && mounted.at(-1) === source ? await lookedAt(id, states, seen, host) : undefined;
+  const isThere = state?.active && mounted.at(-1) === source;
+  const looked = isThere ? (await mountsLookedAt(states, seen, host)).get(id) : undefined;
   const values: Values = row === undefined ? {} : found(row);
 
   if (row !== undefined) {
@@ -308,7 +309,7 @@ async function sameServer(a: string, b: string, host: Host): Promise<boolean> {
 }
 
 /** Looks at all mounts of the node's NFS storages at once: the same question for every resource, so that it is asked once. */
-async function lookedAt(id: string, states: StorageState[], seen: Look, host: Host): Promise<OnExport | undefined> {
+async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): Promise<Map<string, OnExport>> {
   const shown = seen.storages
     .flatMap((storage) => {
       const { path = "", server = "", export: exported = "" } = storage.values;
@@ -321,10 +322,21 @@ async function lookedAt(id: string, states: StorageState[], seen: Look, host: Ho
       return [{ id: storage.id, path, source: top.source, dirs: dirsOf(storage) }];
     })
     .sort((a, b) => (a.path < b.path ? -1 : 1));
-  const at = shown.findIndex((one) => one.id === id);
-  if (at < 0) return undefined;
-  const one = (await host.ask(probe(shown)))[at];
-  return one?.answers ? one : undefined;
+  if (shown.length === 0) return new Map();
+  const found = await host.ask(probe(shown));
+  return new Map(
+    shown.flatMap(({ id }, i) => {
+      const one = found[i];
+      return one?.answers ? [[id, one]] : [];
+    }),
+  );
+}
+
+/** The ids that the registries on the node's exports know as used: whoever gives one away again hands on a dead guest's dumps. */
+export async function idsUsed(host: Host): Promise<number[]> {
+  const states = await host.ask(storageStates);
+  const on = await mountsLookedAt(states, await host.ask(look), host);
+  return [...new Set([...on.values()].flatMap(({ used }) => used))];
 }
 
 function dirsOf({ values }: Section): Record<string, string> {
@@ -523,12 +535,12 @@ settle() {
 // Adds and proves in one go, so that what the export refuses leaves nothing behind: the mount that Proxmox makes before it finds
 // that it cannot write there, its directory, and a storage whose ids are not ours.
 const ADD = `${ON_MOUNT}${EXPLAIN}
-id=$1 path=$2 source=$3 server=$4 key=$5 claim=$6; shift 6
+id=$1 path=$2 source=$3 before=$4 server=$5 key=$6 claim=$7; shift 7
 if [ "$claim" = claim ]; then owner=$1 lower=$2 upper=$3 adopt=$4 used=$5; shift 5; fi
 [ -d "$path" ] && had=1 || had=
 top=$(source_at "$path")
 # A mount that an earlier storage left would be taken over, with its old options.
-if [ -n "$top" ]; then unmount "$path" "$source" || exit 1; fi
+if [ -n "$top" ]; then unmount "$path" "$before" || exit 1; fi
 undo() {
   [ -z "$1" ] || writer storage.cfg pvesm remove "$id"
   [ "$(source_at "$path")" != "$source" ] || unmount "$path" "$source"
@@ -574,7 +586,7 @@ function add(want: Want, have: Have, line: Line<Pins>): Step {
   const key = isMounted ? provenKey(source, values.options) : "-";
   return {
     why: `add the storage ${id} (${source})`,
-    argv: ["sh", "-c", ADD, "add", id, path, top ?? source, want.server, key, ...words, ...pvesm],
+    argv: ["sh", "-c", ADD, "add", id, path, source, have.source, want.server, key, ...words, ...pvesm],
     shown: pvesm as unknown as Step["argv"],
     timeout: WRITE_SECONDS,
     look: true,

@@ -9,6 +9,7 @@ import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
 import { type Line, memory } from "./host-ledger.js";
 import { contains, overlap, type Range, rangeTrouble } from "./id-range.js";
+import { idsUsed } from "./nfs-dump-storage.js";
 import * as pve from "./pve.js";
 
 // ---------------------------------------------------------------- inputs
@@ -238,7 +239,7 @@ export interface Taken {
  * it, the ids that were used before (the claim on the shared store remembers them).
  */
 export async function idsTaken(host: Host, recorded: Iterable<number> = []): Promise<Taken> {
-  const [guests, states] = await Promise.all([host.ask(pve.guests), host.ask(pve.storageStates)]);
+  const [guests, states, used] = await Promise.all([host.ask(pve.guests), host.ask(pve.storageStates), idsUsed(host)]);
   const asked = states.filter(
     ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
   );
@@ -257,7 +258,7 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
       }),
   );
   const ids = new Map<number, string>();
-  for (const id of recorded) ids.set(id, "was used before");
+  for (const id of [...recorded, ...used]) ids.set(id, "was used before");
   for (const { vmid, volid, content } of volumes.flat())
     if (vmid !== undefined) ids.set(vmid, `${content === "backup" ? "the dump" : "the volume"} ${volid} exists`);
   for (const { vmid, type, node } of guests)

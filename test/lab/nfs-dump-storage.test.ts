@@ -5,8 +5,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
+import { connect } from "../../provider/host.js";
 import { hooks } from "../../provider/host-ledger.js";
 import { registered } from "../../provider/nfs-export.js";
+import { idsTaken } from "../../provider/vm-id-range.js";
 import { laws } from "../laws.js";
 import { CheckFailed, Stack } from "../stack.js";
 import { useHosts } from "./lab.js";
@@ -534,6 +536,10 @@ describe("drift", () => {
     expect(await look(id)).toMatch(/mounted/);
     await stack.up(inputs(id, { options: "vers=4.1" }));
     expect((await shell(`findmnt -n -o OPTIONS --mountpoint /mnt/pve/${id}`)).stdout).toMatch(/vers=4\.1/);
+    // The same for our own, removed by hand, and moved in the same breath.
+    await pve1.ssh(["pvesm", "remove", id]);
+    await stack.up(inputs(id, { options: "vers=4.1", export: "/mnt/data/other" }));
+    expect((await look(id))?.match(/mounted.*/g)).toEqual(["mounted skydev:/mnt/data/other"]);
   });
 });
 
@@ -625,6 +631,9 @@ describe("ids on a shared export", () => {
     await stack.up(want);
     expect(claims(folder)).toEqual(["one 14001-14999"]);
     await shell("rm -f /etc/pve/qemu-server/*.conf");
+    const { ids } = await idsTaken(connect(pve1.connection));
+    expect(ids.get(14007)).toBe("was used before"); // its guest is gone
+    expect(ids.has(14008)).toBe(false);
     await stack.destroy();
     expect(claims(folder)).toEqual([]);
     expect(registered(readFileSync(join(folder, ".pulumi-vmbackup/claims"), "utf8")).used).toEqual([14007, 14009]);
