@@ -6,7 +6,7 @@ import { createHash } from "node:crypto";
 import * as z from "zod";
 import type { Definition, Observed, Step } from "./engine.js";
 import { same } from "./engine-values.js";
-import { CommandFailed, Conflict, Refused } from "./errors.js";
+import { CommandFailed, Conflict, Refused, Unfinished } from "./errors.js";
 import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
 import { argvHash, type JobState, jobState } from "./host-job.js";
@@ -159,6 +159,8 @@ export interface Pins extends Pinned {
   old?: Pinned | undefined;
   /** The archive of a guest that was removed for this one, which is not there yet. */
   instead?: string | undefined;
+  /** The ledger's job when this was chosen: what it did is none of this guest's. */
+  jobBefore?: string | undefined;
 }
 
 // ---------------------------------------------------------------- observe
@@ -168,6 +170,10 @@ export interface Mine {
   file: files.GuestFile;
   pinned: Pinned;
   clones: string[];
+  /** Storages of its disks that do not answer: clones may be there that nobody can see. */
+  unknown: string[];
+  /** Disks that the configuration names and no storage has. */
+  missing: string[];
 }
 
 export interface Have extends Observed<Pins> {
@@ -188,8 +194,6 @@ export interface Have extends Observed<Pins> {
   /** The archive that is wanted was read from beginning to end. */
   verified: boolean;
   keep: boolean;
-  /** What cannot be known now, as a storage does not answer. */
-  unknown: string[];
 }
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host, planning: boolean): Promise<Have> {
@@ -201,7 +205,8 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host, pla
   const done = restoredBy(job.log);
   // The job of the line may also be one that only reads the archive.
   const reading = pins?.archive !== undefined && line?.job?.argvHash === argvHash(verifyArgv(pins.archive));
-  const restoring = job.state !== "none" && pins?.archive !== undefined && !reading;
+  const restoring =
+    job.state !== "none" && pins?.archive !== undefined && !reading && line?.job?.unit !== pins.jobBefore;
   const file = guests.byId.get(vmId);
   let next: Pins | undefined = pins === undefined ? undefined : { ...pins };
   let found: files.GuestFile | undefined;
@@ -217,7 +222,14 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host, pla
       // still the guest whose place the new one will take
     } else if (restoring && job.state === "ok" && isMadeOf(file, done.made)) {
       found = file;
-      next = { ...pins, token: tokenOf(file), instead: undefined, bytes: done.bytes, seconds: job.seconds };
+      next = {
+        ...pins,
+        token: tokenOf(file),
+        instead: undefined,
+        jobBefore: undefined,
+        bytes: done.bytes,
+        seconds: job.seconds,
+      };
     } else if (restoring && job.state === "failed" && done.began && isPlaceholder(file)) {
       placeholder = { file, free: await host.ask(files.guestLock(vmId)) };
     }
@@ -254,14 +266,13 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host, pla
     otherwise: false,
     verified: false,
     keep: (want.onDelete ?? (want.template === false || next?.adopted ? "keep" : "destroy")) === "keep",
-    unknown: volumes.unknown,
     owner: mine === undefined ? undefined : unmarked(mine.file.values.description).owner,
     pins: next,
   };
   if (job.state === "running") have.exists = true;
   if (pins === undefined && file !== undefined) have.exists = true; // also what cannot be taken over: plan says why
   if (planning && want.from !== undefined && want.to !== undefined)
-    await chooseNext(want, { from: want.from, to: want.to }, vmId, have, guests, host);
+    await chooseNext(want, { from: want.from, to: want.to }, vmId, have, line?.job?.unit, guests, host);
   have.verified = reading && job.state === "ok" && have.pins?.archive === pins?.archive;
   return have;
 }
@@ -272,6 +283,7 @@ async function chooseNext(
   { from: source, to: places }: { from: Source; to: { storage: string }[] },
   vmId: number,
   have: Have,
+  jobBefore: string | undefined,
   guests: files.Guests,
   host: Host,
 ): Promise<void> {
@@ -300,7 +312,7 @@ async function chooseNext(
     const choice = await choose(
       {
         from: source,
-        to: pins?.storage !== undefined && !elsewhere ? [{ storage: pins.storage }] : places,
+        to: before?.storage !== undefined && isPlace(before.storage) ? [{ storage: before.storage }] : places,
         vmId: target,
         name: want.name,
         kept: asks ? undefined : pins?.archive,
@@ -316,7 +328,7 @@ async function chooseNext(
         `template: ${choice.archive} is the backup of a template, and is restored as one.`,
         "Leave `template` out, and clone it.",
       );
-    const { old: _, ...guestBefore }: Pins = before ?? { vmId: target };
+    const { old: _, instead: __, jobBefore: ___, ...guestBefore }: Pins = before ?? { vmId: target };
     have.pins = {
       vmId: target,
       asked: source,
@@ -327,6 +339,7 @@ async function chooseNext(
       overcommitted: choice.overcommitted,
       changed: [...(onboot ? ["onboot"] : []), ...devices],
       instead: pins?.instead,
+      jobBefore,
       old: before === undefined ? undefined : guestBefore,
     };
     if (mine !== undefined) Object.assign(have, { old: mine, mine: undefined });
@@ -472,9 +485,20 @@ async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[]
 }
 
 function mineOf(file: files.GuestFile, pinned: Pinned, volumes: Volumes): Mine {
-  const clones = Object.values(files.disksOf(file.values)).flatMap((volid) => volumes.clonesOf(volid));
+  const disks = Object.values(files.disksOf(file.values));
+  const clones = disks.flatMap((volid) => volumes.clonesOf(volid));
   const ids = clones.map((name) => /(?:^|[/:])(?:vm|base|snap_vm)-(\d+)-[^/]*$/.exec(name)?.[1] ?? name);
-  return { file, pinned, clones: [...new Set(ids)].filter((id) => id !== String(file.vmid)).sort() };
+  const there = new Set(volumes.ours.map(files.diskName));
+  const known = Object.values(pinned.volumes ?? {}).filter(
+    (volid) => !volumes.unknown.includes(files.storageOf(volid)),
+  );
+  return {
+    file,
+    pinned,
+    clones: [...new Set(ids)].filter((id) => id !== String(file.vmid)).sort(),
+    unknown: volumes.unknown.filter((storage) => disks.some((volid) => files.storageOf(volid) === storage)),
+    missing: known.filter((volid) => !there.has(files.diskName(volid))),
+  };
 }
 
 // ---------------------------------------------------------------- plan
@@ -490,6 +514,12 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
     if (have.old === undefined) return [restore(want, pins)];
     return pins.vmId === have.old.file.vmid ? inPlace(want, have, have.old, pins) : beside(want, have.old, pins);
   }
+  const { missing, pinned } = have.mine;
+  if (want.verify !== false && missing.length > 0 && pinned.settings === undefined)
+    throw new Unfinished({
+      what: `Guest ${pins.vmId} was restored from ${pins.archive}, and no storage has its disks ${missing.join(", ")}.`,
+      next: "Look at the storage and at the restore's task log on the node. Then remove the guest by hand and run `pulumi up` again.",
+    });
   const steps = changes(want, have.mine, line);
   if (steps.length > 0 || have.old === undefined) return steps;
   return destroy(have.old, "the guest before it");
@@ -563,8 +593,10 @@ function verify(pins: Pins): Step {
 }
 
 /** Why a guest of ours must not be removed now. */
-export function trouble({ file, pinned, clones }: Mine): string | undefined {
+export function trouble({ file, pinned, clones, unknown }: Mine): string | undefined {
   const byHand = changedByHand(pinned, file);
+  if (unknown.length > 0)
+    return `the storage ${unknown.join(", ")} does not answer, so that it cannot be known whether it has linked clones`;
   if (clones.length > 0) return `it has linked clones, which would lose their disks: ${clones.slice(0, 20).join(", ")}`;
   if (file.running) return "it runs";
   if (file.values.lock !== undefined) return `it is locked (${file.values.lock})`;
@@ -641,14 +673,8 @@ function remove(have: Have, line: Line<Pins>): Step[] {
     });
   if (have.placeholder !== undefined) return clear(have);
   const guest = have.mine ?? have.old;
-  if (guest !== undefined && !have.keep) {
-    if (have.unknown.length > 0)
-      throw new Refused({
-        what: `Unable to remove guest ${guest.file.vmid}: the storage ${have.unknown.join(", ")} does not answer, so that it cannot be known whether the guest has linked clones.`,
-        next: "Make the storage available, then run `pulumi destroy` again. Nothing was changed.",
-      });
+  if (guest !== undefined && !have.keep)
     return destroy(guest, guest === have.mine ? "which was restored" : "the one before");
-  }
   return clear(have);
 }
 

@@ -334,12 +334,17 @@ function have(over: Partial<Have> = {}): Have {
     otherwise: false,
     verified: false,
     keep: false,
-    unknown: [],
     ...nothing,
     ...over,
   };
 }
-const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): Mine => ({ file, pinned, clones });
+const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): Mine => ({
+  file,
+  pinned,
+  clones,
+  unknown: [],
+  missing: [],
+});
 
 function line(pins: Pins | undefined, over: Partial<Line<Pins>> = {}): Line<Pins> {
   return {
@@ -478,7 +483,7 @@ describe("delete", () => {
   });
   it("keeps when that is declared, and when a storage cannot tell of clones", () => {
     expect(removal(mine(guest(TEMPLATE)), { keep: true })).toEqual([]);
-    expect(() => removal(mine(guest(TEMPLATE)), { unknown: ["nfs"] })).toThrow(/nfs does not answer/);
+    expect(() => removal({ ...mine(guest(TEMPLATE)), unknown: ["nfs"] })).toThrow(/nfs does not answer/);
   });
   it("waits for a restore that runs", () => {
     expect(() => restoredTemplate.remove(have({ job: { ...none, state: "running" } }), line(chosen))).toThrow(
