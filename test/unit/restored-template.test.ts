@@ -7,18 +7,11 @@ import { RestoredTemplate, VmIdRange } from "../../provider/index.js";
 import type { Storage, StorageState } from "../../provider/pve.js";
 import { configOf, digestOf, type GuestFile, guestsOf, hostDevices } from "../../provider/pve-guests.js";
 import { archivedConfig, restoreArgv, restoredBy, verifyArgv } from "../../provider/qmrestore.js";
-import { choosePlace, timesOf } from "../../provider/restore-choice.js";
-import { marked, unmarked } from "../../provider/restored-settings.js";
-import {
-  changedByHand,
-  type Have,
-  type Mine,
-  type Pins,
-  restoredTemplate,
-  settingsOf,
-  trouble,
-  type Want,
-} from "../../provider/restored-template.js";
+import { restoredTemplate, type Want } from "../../provider/restored-template.js";
+import { choosePlace, timesOf } from "../../provider/restored-template-choice.js";
+import { changedByHand, type Have, type Mine, type Pins, settingsOf } from "../../provider/restored-template-look.js";
+import { trouble } from "../../provider/restored-template-plan.js";
+import { marked, unmarked } from "../../provider/restored-template-settings.js";
 import { recording } from "../captures.js";
 
 const A = "nfs:backup/vzdump-qemu-107-2023_07_26-02_23_55.vma.zst";
