@@ -7,18 +7,11 @@ import { RestoredTemplate, VmIdRange } from "../../provider/index.js";
 import type { Storage, StorageState } from "../../provider/pve.js";
 import { configOf, digestOf, type GuestFile, guestsOf, hostDevices } from "../../provider/pve-guests.js";
 import { archivedConfig, restoreArgv, restoredBy, verifyArgv } from "../../provider/qmrestore.js";
-import { choosePlace, timesOf } from "../../provider/restore-choice.js";
-import { marked, unmarked } from "../../provider/restored-settings.js";
-import {
-  changedByHand,
-  type Have,
-  type Mine,
-  type Pins,
-  restoredTemplate,
-  settingsOf,
-  trouble,
-  type Want,
-} from "../../provider/restored-template.js";
+import { restoredTemplate, type Want } from "../../provider/restored-template.js";
+import { choosePlace, timesOf } from "../../provider/restored-template-choice.js";
+import { changedByHand, type Have, type Mine, type Pins, settingsOf } from "../../provider/restored-template-look.js";
+import { trouble } from "../../provider/restored-template-plan.js";
+import { marked, unmarked } from "../../provider/restored-template-settings.js";
 import { recording } from "../captures.js";
 
 const A = "nfs:backup/vzdump-qemu-107-2023_07_26-02_23_55.vma.zst";
@@ -334,12 +327,17 @@ function have(over: Partial<Have> = {}): Have {
     otherwise: false,
     verified: false,
     keep: false,
-    unknown: [],
     ...nothing,
     ...over,
   };
 }
-const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): Mine => ({ file, pinned, clones });
+const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): Mine => ({
+  file,
+  pinned,
+  clones,
+  unknown: [],
+  missing: [],
+});
 
 function line(pins: Pins | undefined, over: Partial<Line<Pins>> = {}): Line<Pins> {
   return {
@@ -478,7 +476,7 @@ describe("delete", () => {
   });
   it("keeps when that is declared, and when a storage cannot tell of clones", () => {
     expect(removal(mine(guest(TEMPLATE)), { keep: true })).toEqual([]);
-    expect(() => removal(mine(guest(TEMPLATE)), { unknown: ["nfs"] })).toThrow(/nfs does not answer/);
+    expect(() => removal({ ...mine(guest(TEMPLATE)), unknown: ["nfs"] })).toThrow(/nfs does not answer/);
   });
   it("waits for a restore that runs", () => {
     expect(() => restoredTemplate.remove(have({ job: { ...none, state: "running" } }), line(chosen))).toThrow(

@@ -6,7 +6,8 @@ import type { Argv } from "./host.js";
 import type { Line } from "./host-ledger.js";
 import * as pve from "./pve.js";
 import * as files from "./pve-guests.js";
-import type { Mine, Pinned, Want } from "./restored-template.js";
+import type { Want } from "./restored-template.js";
+import type { Mine, Pinned } from "./restored-template-look.js";
 
 // ---------------------------------------------------------------- the owner's mark: the end of the description
 
