@@ -160,8 +160,13 @@ def task_stop(param: dict[str, Any]) -> None:
                                                   "download": {"type": "boolean", "optional": 1}},
         _list(n={"type": "integer"}, t={"type": "string"}), "PVE::API2::Tasks")
 def task_log(param: dict[str, Any]) -> Any:
-    _known_task(param["upid"])
-    with open(tasks.log_path(param["upid"]), encoding="utf-8", errors="replace") as handle:
+    try:
+        path = tasks.log_path(param["upid"])
+    except PveError:
+        raise param_error({"upid": "unable to parse worker upid"}) from None
+    if not os.path.exists(path):
+        return [{"n": 1, "t": "unable to open file - No such file or directory"}]
+    with open(path, encoding="utf-8", errors="replace") as handle:
         text = handle.read()
     if param.get("download"):
         return text
