@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+import datacenter
 import pve_cluster as cluster
 import pve_tasks as tasks
 import storage as st
@@ -37,7 +38,7 @@ def root(_param: dict[str, Any]) -> list[dict]:
     "console": _S, "release": {"type": "string"}, "repoid": {"type": "string"}, "version": {"type": "string"}}},
     "PVE::API2")
 def version(_param: dict[str, Any]) -> dict[str, Any]:
-    console = cluster.read_datacenter().get("console")
+    console = datacenter.read().get("console")
     return {**VERSION, **({"console": console} if console else {})}
 
 
