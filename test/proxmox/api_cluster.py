@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from typing import Any
 
 import api_backup  # noqa: F401 - its methods belong to /cluster too
 import calendar_event
+import datacenter
 import misbehave
 import pve_cluster as cluster
 import storage as st
 from pve_cli import Method
-from pve_schema import Props, PveError, param_error, parse_property_string, register_format, split_list
+from pve_schema import Props, PveError, param_error, split_list
 
 GROUP = "PVE::API2::Cluster"
 _S = {"type": "string", "optional": 1}
@@ -42,8 +42,7 @@ def nextid(param: dict[str, Any]) -> str:
         if int(param["vmid"]) in taken:
             raise param_error({"vmid": f"VM {param['vmid']} already exists"})
         return str(param["vmid"])
-    bounds = cluster.read_datacenter().get("next-id", {})
-    lower, upper = bounds.get("lower", 100), bounds.get("upper", 1000000)
+    lower, upper = datacenter.next_id_bounds()
     for number in range(int(lower), int(upper)):
         if number not in taken:
             return str(number)
@@ -52,70 +51,25 @@ def nextid(param: dict[str, Any]) -> str:
 
 # --- options -------------------------------------------------------------------------------
 
-_KEYBOARDS = ("de de-ch da en-gb en-us es fi fr fr-be fr-ca fr-ch hu is it ja lt mk nl no pl pt pt-br sv sl "
-              "tr").split()
-_LANGUAGES = "ar ca da de en es eu fa fr hr he it ja ka kr nb nl nn pl pt_BR ru sl sv tr ukr zh_CN zh_TW".split()
-register_format("pve-next-id", cluster.NEXT_ID)
-register_format("mac-prefix", lambda v: v if re.fullmatch(
-    r"[a-fA-F0-9][02468aceACE](?::[a-fA-F0-9]{2}){0,2}:?", v) else _bad_prefix())
-
-# Options whose text the stand-in keeps as it is: their own grammar is not looked at.
-_FREE_TEXT = ("crs", "migration", "replication", "ha", "notify", "u2f", "webauthn", "tag-style", "user-tag-access",
-              "location")
-
-
-def _bad_prefix() -> str:
-    raise PveError("value is not a valid unicast MAC address prefix\n")
-
-
-OPTIONS: Props = {
-    "keyboard": {**_S, "enum": _KEYBOARDS}, "language": {**_S, "enum": _LANGUAGES},
-    "http_proxy": {**_S, "pattern": "http://.*"}, "migration_unsecure": {"type": "boolean", "optional": 1},
-    "next-id": {**_S, "format": "pve-next-id"},
-    "console": {**_S, "enum": ["applet", "vv", "html5", "xtermjs"]}, "email_from": {**_S, "format": "email-opt"},
-    "max_workers": {"type": "integer", "minimum": 1, "optional": 1},
-    "fencing": {**_S, "enum": ["watchdog", "hardware", "both"]}, "mac_prefix": {**_S, "format": "mac-prefix"},
-    "bwlimit": {**_S, "format": "bwlimit"}, "description": {**_S, "maxLength": 65536},
-    "registered-tags": _S, "consent-text": {**_S, "maxLength": 65536},
-    **{name: _S for name in _FREE_TEXT},
-}
-
-
 @Method("GET", "/cluster/options", {}, {"type": "object", "properties": {}}, GROUP)
 def options_read(_param: dict[str, Any]) -> dict[str, Any]:
-    config = cluster.read_datacenter()
-    for key in _FREE_TEXT:
-        if "=" in str(config.get(key, "")):
-            config[key] = dict(p.split("=", 1) for p in config[key].split(",") if "=" in p)
-    config.setdefault("description", "")
-    config.setdefault("mac_prefix", "BC:24:11")
-    if "registered-tags" in config:
-        config["registered-tags"] = config["registered-tags"].split(";")
-    config["allowed-tags"] = sorted(config.get("registered-tags", []))
+    config = datacenter.read()
+    config["allowed-tags"] = sorted(config.get("registered-tags") or [])
     return config
 
 
-@Method("PUT", "/cluster/options", {**OPTIONS, "delete": {**_S, "format": "pve-configid-list"}}, {"type": "null"}, GROUP)
+@Method("PUT", "/cluster/options", {**datacenter.OPTIONS, "delete": {**_S, "format": "pve-configid-list"}}, {"type": "null"}, GROUP)
 def options_set(param: dict[str, Any]) -> None:
     param = dict(param)
     delete = split_list(param.pop("delete", "") or "")
 
     def update() -> None:
         misbehave.point("pvesh.options.set", "locked")
-        config = cluster.read_datacenter()
+        config = datacenter.read()
         config.update(param)
         for key in delete:
             config.pop(key, None)
-        if isinstance(config.get("next-id"), str):
-            config["next-id"] = parse_property_string("pve-next-id", config["next-id"], "next-id")
-        bounds = config.get("next-id")
-        if bounds:
-            lower, upper = int(bounds.get("lower", 100)), int(bounds.get("upper", 1000000))
-            if lower > upper:
-                raise PveError(f"lower ({lower}) <= upper ({upper}) boundary rule broken\n")
-        if config.get("mac_prefix", "").upper() == "BC:24:11":
-            del config["mac_prefix"]
-        cluster.write_datacenter(config)
+        datacenter.write(config)
         misbehave.point("pvesh.options.set", "written")
     cluster.locked_file("datacenter.cfg", update)
 
@@ -175,11 +129,22 @@ def nodes() -> list[str]:
     return sorted(os.listdir(base)) if os.path.isdir(base) else [cluster.nodename()]
 
 
+_RESOURCE: Props = {
+    "id": {"type": "string"}, "type": {"type": "string"},
+    **{k: _S for k in ("content", "hastate", "host-arch", "level", "lock", "name", "network", "network-type", "node",
+                       "plugintype", "pool", "protocol", "sdn", "status", "storage", "tags", "zone-type")},
+    **{k: {"type": "integer", "optional": 1, "renderer": "bytes"} for k in (
+        "disk", "diskread", "diskwrite", "maxdisk", "maxmem", "mem", "memhost", "netin", "netout")},
+    **{k: {"type": "boolean", "optional": 1} for k in ("shared", "template")},
+    "cgroup-mode": {"type": "integer", "optional": 1}, "vmid": {"type": "integer", "optional": 1},
+    "cpu": {"type": "number", "optional": 1, "renderer": "fraction_as_percentage"},
+    "maxcpu": {"type": "number", "optional": 1}, "uptime": {"type": "integer", "optional": 1, "renderer": "duration"},
+}
+
+
 @Method("GET", "/cluster/resources", {
-    "type": {**_S, "enum": ["vm", "storage", "node", "sdn", "network"]},
-}, {"type": "array", "items": {"type": "object", "properties": {
-    "id": {"type": "string"}, "type": {"type": "string"}, "status": _S, "name": _S, "node": _S, "storage": _S,
-    "pool": _S, "vmid": {"type": "integer", "optional": 1}, "content": _S, "plugintype": _S}}}, GROUP)
+    "type": {**_S, "enum": ["vm", "storage", "node", "sdn"]},
+}, {"type": "array", "items": {"type": "object", "properties": _RESOURCE}}, GROUP)
 def resources(param: dict[str, Any]) -> list[dict]:
     wanted = param.get("type")
     result: list[dict] = []

@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+import datacenter
 import pve_cluster as cluster
 import pve_tasks as tasks
 import storage as st
@@ -37,7 +38,7 @@ def root(_param: dict[str, Any]) -> list[dict]:
     "console": _S, "release": {"type": "string"}, "repoid": {"type": "string"}, "version": {"type": "string"}}},
     "PVE::API2")
 def version(_param: dict[str, Any]) -> dict[str, Any]:
-    console = cluster.read_datacenter().get("console")
+    console = datacenter.read().get("console")
     return {**VERSION, **({"console": console} if console else {})}
 
 
@@ -160,8 +161,13 @@ def task_stop(param: dict[str, Any]) -> None:
                                                   "download": {"type": "boolean", "optional": 1}},
         _list(n={"type": "integer"}, t={"type": "string"}), "PVE::API2::Tasks")
 def task_log(param: dict[str, Any]) -> Any:
-    _known_task(param["upid"])
-    with open(tasks.log_path(param["upid"]), encoding="utf-8", errors="replace") as handle:
+    try:
+        path = tasks.log_path(param["upid"])
+    except PveError:
+        raise param_error({"upid": "unable to parse worker upid"}) from None
+    if not os.path.exists(path):
+        return [{"n": 1, "t": "unable to open file - No such file or directory"}]
+    with open(path, encoding="utf-8", errors="replace") as handle:
         text = handle.read()
     if param.get("download"):
         return text

@@ -195,7 +195,7 @@ def status_read(param: dict[str, Any]) -> dict:
     "vmid": VMID,
 }, {"type": "array", "items": {"type": "object", "properties": {
     "volid": {"type": "string"}, "vmid": {"type": "integer", "optional": 1},
-    "parent": {"type": "string", "optional": 1}, "format": {"type": "string"}, "size": {"type": "integer", "renderer": "bytes"}, "approximate-size": _BYTES,
+    "parent": {"type": "string", "optional": 1}, "format": {"type": "string"}, "size": _BYTES, "approximate-size": _BYTES,
     "used": _BYTES, "ctime": {"type": "integer", "optional": 1},
     "notes": {"type": "string", "optional": 1}, "encrypted": {"type": "string", "optional": 1},
     "verification": {"type": "object", "optional": 1}, "protected": {"type": "boolean", "optional": 1}}}}, CONTENT)
@@ -334,7 +334,7 @@ def prune_delete(param: dict[str, Any]) -> str:
 @Method("GET", "/nodes/{node}/scan", {"node": NODE},
         {"type": "array", "items": {"type": "object", "properties": {"method": {"type": "string"}}}}, SCAN)
 def scan_index(_param: dict[str, Any]) -> list[dict]:
-    return [{"method": name} for name in ("cifs", "iscsi", "lvm", "lvmthin", "nfs", "pbs", "zfs")]
+    return [{"method": name} for name in ("cifs", "iscsi", "lvm", "nfs", "pbs", "zfs")]
 
 
 @Method("GET", "/nodes/{node}/scan/nfs", {"node": NODE, "server": {"type": "string", "format": "pve-storage-server"}},
@@ -356,6 +356,8 @@ def uncovered(verb: str, path: str, params: Props, group: str) -> Method:
     return Method(verb, path, params, {"type": "null"}, group)
 
 
+uncovered("POST", _VOLUME_PATH, {**_VOLUME_PARAMS, "target": {"type": "string"},
+                                 "target_node": {**NODE, "optional": 1}}, CONTENT)
 SCAN_CIFS = uncovered("GET", "/nodes/{node}/scan/cifs", {
     "node": NODE, "server": {"type": "string", "format": "pve-storage-server"},
     "username": {"type": "string", "optional": 1}, "password": {"type": "string", "optional": 1},

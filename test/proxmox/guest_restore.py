@@ -15,12 +15,12 @@ import threading
 import time
 import uuid
 
+import datacenter
 import guest_config as gc
 import guest_volumes as gv
 import guests
 import misbehave
 import vma
-from pve_cluster import read_datacenter
 from pve_output import err, out
 from pve_schema import NotCovered, PveError
 from guest_api import add_to_pool
@@ -76,7 +76,7 @@ def bandwidth_limit(storeid, override):
     """KiB/s for restores from or to a storage; 0 is no limit."""
     if override is not None:
         return int(float(override))
-    for text in (gv.storage(storeid).get("bwlimit"), read_datacenter().get("bwlimit")):
+    for text in (gv.storage(storeid).get("bwlimit"), datacenter.read().get("bwlimit")):
         limits = dict(part.split("=", 1) if "=" in part else ("default", part) for part in (text or "").split(",") if part)
         for key in ("restore", "default"):
             if limits.get(key):

@@ -19,7 +19,7 @@ from typing import Any, Callable, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 from pve_output import err
-from pve_schema import (Props, PveError, check_prop, parse_property_string, print_property_string, split_list)
+from pve_schema import Props, PveError, check_prop, split_list
 
 ROOT = "/etc/pve"
 LOCKS = f"{ROOT}/priv/lock"
@@ -256,7 +256,9 @@ class SectionConfig:
                     continue
                 key, value = match.groups()
                 try:
-                    if self.props.get(key, {}).get("type") == "array":
+                    if key not in self.props:
+                        raise PveError("unknown property type\n")
+                    if self.props[key].get("type") == "array":
                         config.setdefault(key, []).append(value)
                     elif key in config:
                         raise PveError("duplicate attribute\n")
@@ -329,47 +331,6 @@ def shuffled(names: Any) -> list[Any]:
     result = list(names)
     random.SystemRandom().shuffle(result)
     return result
-
-
-# --- datacenter.cfg --------------------------------------------------------------------
-
-NEXT_ID: Props = {
-    "lower": {"type": "integer", "min": 100, "max": 1000000000, "optional": 1},
-    "upper": {"type": "integer", "min": 100, "max": 1000000000, "optional": 1},
-}
-
-
-def read_datacenter() -> dict[str, Any]:
-    """Values as text, `next-id` as a dict; comment lines at the top are the description."""
-    config: dict[str, Any] = {}
-    comment: list[str] = []
-    for line in read("datacenter.cfg").split("\n"):
-        if line.startswith("#"):
-            comment.append(decode_text(line[1:]))
-            continue
-        match = re.fullmatch(r"([a-z][a-z0-9\-_]*):\s*(.*?)\s*", line)
-        if match:
-            config[match[1]] = match[2]
-    if comment:
-        config["description"] = "\n".join(comment) + "\n"
-    if "next-id" in config:
-        try:
-            config["next-id"] = parse_property_string(NEXT_ID, config["next-id"], "next-id")
-        except PveError:
-            del config["next-id"]
-    return config
-
-
-def write_datacenter(config: dict[str, Any]) -> None:
-    description = str(config.get("description") or "")
-    text = "".join(f"#{encode_text(line)}\n" for line in description.rstrip("\n").split("\n")) if description else ""
-    text += "\n"
-    for key in sorted(config):
-        value = config[key]
-        if key == "description" or value is None:
-            continue
-        text += f"{key}: {print_property_string(value, NEXT_ID) if key == 'next-id' else value}\n"
-    write("datacenter.cfg", text)
 
 
 # --- guests and pools, as far as others than the guests' own commands look at them -------

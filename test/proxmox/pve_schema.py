@@ -140,7 +140,7 @@ for _name, _pattern, _text in (
     ("pve-node", _DNS_LABEL, "value does not look like a valid node name"),
     ("pve-configid", r"[a-zA-Z][a-zA-Z0-9_\-]+", "invalid configuration ID '%s'"),
     ("dns-name", rf"{_DNS_LABEL}(?:\.{_DNS_LABEL})*", "value does not look like a valid DNS name"),
-    ("pve-poolid", r"[A-Za-z0-9.\-_]+(?:/[A-Za-z0-9.\-_]+){0,2}", "value '%s' contains invalid characters"),
+    ("pve-poolid", r"[A-Za-z0-9.\-_]+(?:/[A-Za-z0-9.\-_]+){0,2}", "pool name '%s' contains invalid characters"),
     ("pve-storage-path", r"/[^;\(\)](?s:.*)", "value does not look like a valid absolute path"),
     ("mac-addr", r"[a-fA-F0-9][02468aceACE](?::[a-fA-F0-9]{2}){5}",
      "value does not look like a valid unicast MAC address"),

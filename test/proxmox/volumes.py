@@ -461,6 +461,8 @@ def prune_backups(config: StorageConfig, ident: str, keep: dict[str, int] | None
             groups.setdefault(f"{entry['type']}/{owner}", []).append(entry)
         else:
             entry["mark"] = "renamed"
+            if owner is not None and vmid is None:
+                entry["vmid"] = str(owner)      # cut out of the name, and never made a number
         if backup.get("protected"):
             entry["mark"] = "protected"
         listed.append(entry)
