@@ -2,14 +2,14 @@
 import { mkdir, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { execa } from "execa";
-import { cache, root } from "./cache.mts";
-import { ask, head, hosts, lab, onHost, Project, sshConfig } from "./demo-tools.mts";
+import { root } from "./cache.mts";
+import { ask, folder, head, hosts, lab, onHost, Project, sshConfig } from "./demo-tools.mts";
 
 export const nodes = { pve1: 14, pve2: 15 };
 const names = Object.keys(nodes);
 export const project = new Project("standalone-nodes", join(root, "examples/standalone-nodes"));
 /** The NFS servers that both nodes see, by name; below them their exports. */
-const servers = join(cache, "demo-nfs");
+const servers = `${folder}-nfs`;
 
 /** Starts the nodes; true when they are new. */
 export async function start(): Promise<boolean> {

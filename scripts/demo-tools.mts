@@ -1,21 +1,27 @@
 // What both parts of the demo need: commands that are shown, hosts of the lab, Pulumi projects with their state outside the clone.
 import { mkdir, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
+import { stripVTControlCharacters } from "node:util";
 import { execa } from "execa";
 import { cache, exists, root } from "./cache.mts";
 import { pulumiCli } from "./pulumi-cli.mts";
 
 export const lab = join(root, "test/lab/lab");
-/** Outside the clone, so that a demo leaves nothing in it. */
-export const folder = join(cache, "demo");
+/** Outside the clone, so that a demo leaves nothing in it. With LAB_SUFFIX (test/lab/lab) a second demo runs beside the first. */
+export const folder = join(cache, ["demo", process.env.LAB_SUFFIX].filter(Boolean).join("-"));
 const stack = "lab";
 
 export const head = (text: string) => console.log(`\n\u2500\u2500 ${text}`);
 
+/** Of a refresh only what it finds is shown, not what it looks at. */
+function* found(line: unknown) {
+  if (!/ (refreshing|refresh|running) *(\([0-9.]+m?s\))? *$/.test(stripVTControlCharacters(String(line)))) yield line;
+}
+
 /** Shows a command and runs it in the foreground. */
 async function show(shown: string, file: string, argv: string[], cwd: string, env: Record<string, string>) {
   console.log(`$ ${shown}`);
-  await execa(file, argv, { cwd, env, stdin: "ignore", stdout: "inherit", stderr: "inherit" });
+  await execa(file, argv, { cwd, env, stdin: "ignore", stdout: [found, "inherit"], stderr: "inherit" });
 }
 
 export const sshConfig = async () => (await execa(lab, ["config"])).stdout;
@@ -92,6 +98,7 @@ export class Project {
       "--color",
       "auto",
     ];
+    common.push("--color", process.stdout.isTTY ? "always" : "never");
     await show(`pulumi ${shown}`, file, [...shown.split(" "), ...more, ...common], this.#cwd, env);
   }
 
