@@ -189,7 +189,7 @@ def print_table(rows: list[dict], props: Props, columns: list[str], options: dic
     titles, cells, widths, left = [], [], [], []
     for column in columns:
         prop = props.get(column, {})
-        texts = [_cell(row.get(column), prop, bool(human)).split("\n") for row in rows]
+        texts = [_cell(row.get(column), prop, bool(human)).rstrip("\n").split("\n") for row in rows]
         title = prop.get("title", column)
         longest = max([len(title)] + [len(line) for text in texts for line in text])
         cut = prop.get("print_width") or prop.get("maxLength")

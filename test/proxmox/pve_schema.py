@@ -131,6 +131,15 @@ def _check_ip(value: str) -> str:
     return value
 
 
+def _check_pool(value: str) -> str:
+    parts = value.split("/")
+    if not all(re.fullmatch(r"[A-Za-z0-9.\-_]+", part) for part in parts):
+        raise PveError(f"pool name '{value}' contains invalid characters\n")
+    if len(parts) > 3:
+        raise PveError(f"pool name '{value}' nested too deeply (max levels = 3)\n")
+    return value
+
+
 def verify_dns_name(value: str) -> str:
     return _formats["dns-name"](value)  # type: ignore[operator]
 
@@ -140,7 +149,6 @@ for _name, _pattern, _text in (
     ("pve-node", _DNS_LABEL, "value does not look like a valid node name"),
     ("pve-configid", r"[a-zA-Z][a-zA-Z0-9_\-]+", "invalid configuration ID '%s'"),
     ("dns-name", rf"{_DNS_LABEL}(?:\.{_DNS_LABEL})*", "value does not look like a valid DNS name"),
-    ("pve-poolid", r"[A-Za-z0-9.\-_]+(?:/[A-Za-z0-9.\-_]+){0,2}", "pool name '%s' contains invalid characters"),
     ("pve-storage-path", r"/[^;\(\)](?s:.*)", "value does not look like a valid absolute path"),
     ("mac-addr", r"[a-fA-F0-9][02468aceACE](?::[a-fA-F0-9]{2}){5}",
      "value does not look like a valid unicast MAC address"),
@@ -159,6 +167,7 @@ register_format("pve-storage-id", lambda value: parse_id(value, "storage"))
 register_format("pve-storage-server", _check_server)
 register_format("address", _check_server)
 register_format("ip", _check_ip)
+register_format("pve-poolid", _check_pool)
 register_format("urlencoded", regex_format(r"[-%a-zA-Z0-9_.!~*'()]*", "invalid urlencoded string: %s"))
 
 
