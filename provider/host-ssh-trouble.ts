@@ -29,6 +29,7 @@ export function noSsh(): Trouble {
 /** What ssh said, without its tracing. */
 export function errorLines(stderr: string): string {
   return stderr
+    .replace(/^debug\d: Sending command: [^\r]*\r\n/gm, "") // of many lines, when the command has many
     .split("\n")
     .filter(
       (line) => !/^(debug\d:|OpenSSH_|Authenticated to |Pseudo-terminal |Transferred: |Bytes per second: )/.test(line),
