@@ -101,7 +101,7 @@ enter() {
 # One write probe. What the export refuses (read-only, a squashed root, no room) shows here and not in the night.
 writable() (
   enter "$1" "$2" || exit 1
-  probe=.pulumi-vmbackup.probe.$$
+  probe=.pulumi-vmbackup.probe.$(cat /proc/sys/kernel/random/uuid)
   if head -c 4096 /dev/zero >"$probe" && sync "$probe"; then rm -f "$probe"; exit; fi
   rm -f "$probe" 2>/dev/null
   say "root of this node cannot write to $2: the export must be writable, with room, and without root_squash"
@@ -163,8 +163,10 @@ registry() {
   enter "$1" "$2" || return 1
   mkdir -p -m 700 ${REGISTRY} && cd ${REGISTRY} || return 1
   if [ ! -s uuid ]; then
-    cat /proc/sys/kernel/random/uuid >".uuid.$$" && sync ".uuid.$$" && { ln ".uuid.$$" uuid 2>/dev/null || [ -s uuid ]; }; made=$?
-    rm -f ".uuid.$$"
+    # Two nodes can have the same process number and the same name: only chance tells their files apart.
+    new=.uuid.$(cat /proc/sys/kernel/random/uuid)
+    cat /proc/sys/kernel/random/uuid >"$new" && sync "$new" && { ln "$new" uuid 2>/dev/null || [ -s uuid ]; }; made=$?
+    rm -f "$new"
     [ "$made" -eq 0 ] || return 1
   fi
 }
