@@ -1,6 +1,6 @@
 // check and diff: pure, and without a host. check judges the program, diff the program against the record; neither fails or
 // replaces because of what a host is like (an error in diff stops the preview of everything else).
-import * as z from "zod";
+import type * as z from "zod";
 import { type AnyDefinition, declaredOf, migrated, split } from "./engine.js";
 import { type Fields, hasUnknown, plain, same } from "./engine-values.js";
 
@@ -10,7 +10,7 @@ export interface CheckFailure {
 }
 
 /** `a.b[0]` as a program writes it. */
-export function path(parts: readonly PropertyKey[]): string {
+function path(parts: readonly PropertyKey[]): string {
   return parts.map((p, i) => (typeof p === "number" ? `[${p}]` : i === 0 ? String(p) : `.${String(p)}`)).join("");
 }
 
@@ -98,9 +98,4 @@ export function diff(definition: AnyDefinition, olds: Fields, news: Fields): Dif
   const older = Number(olds.__v ?? 0) < definition.version; // also a half-made resource without a version
   const hidden = ["__owner", "__timeouts"].some((key) => !same(olds[key] ?? null, news[key] ?? null));
   return { changes: lost || older || hidden, replaces: [] };
-}
-
-/** A text schema's issue for what is no text; zod's own words name types, ours name the property's meaning. */
-export function text(meaning: string): z.ZodString {
-  return z.string({ error: (issue) => (issue.input === undefined ? "is required" : `must be ${meaning}`) });
 }

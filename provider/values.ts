@@ -15,14 +15,6 @@ export function bytesOf(text: string): number | undefined {
   return bytes > MAX ? undefined : Number(bytes);
 }
 
-/** Bytes above zero, as a number; text with a binary unit becomes one. */
-export const size = z.union([z.number(), z.string()]).transform((value, context) => {
-  const bytes = typeof value === "number" ? value : bytesOf(value);
-  if (bytes !== undefined && Number.isSafeInteger(bytes) && bytes > 0) return bytes;
-  context.addIssue(`${JSON.stringify(value)} is no size: give ${sizeForm}, more than 0`);
-  return z.NEVER;
-});
-
 /** A size, or a share of the origin: `"20%ORIGIN"` (lvcreate(8), --extents). */
 export const sizeOrShare = z.union([z.number(), z.string()]).transform((value, context) => {
   if (typeof value === "string") {
