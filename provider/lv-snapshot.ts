@@ -144,9 +144,10 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
   const named = inGroup.find((row) => bare(row) === want.name);
   const mine = pins.uuid === undefined ? named : rows.find((row) => row.lv_uuid === pins.uuid);
   const originUuid = mine?.origin_uuid ?? pins.originUuid; // a renamed origin is followed
-  const origin = inGroup.find((row) =>
-    originUuid === undefined ? bare(row) === want.origin : row.lv_uuid === originUuid,
-  );
+  const origin =
+    originUuid === undefined
+      ? inGroup.find((row) => bare(row) === want.origin)
+      : rows.find((row) => row.lv_uuid === originUuid);
   const pool = origin && inGroup.find((row) => bare(row) === origin.pool_lv && origin.pool_lv !== "");
   const have: Have = {
     exists: mine !== undefined,
@@ -230,7 +231,29 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
       what: `${what} exists, but it is ${lv.origin === "" ? "no snapshot" : `a snapshot of ${lv.origin}, not of ${want.origin}`}. It was left as it is.`,
       next: "Choose another `name`, or name the volume that it is a snapshot of as `origin`.",
     });
-  return [...mark(lv, line), ...extend(want, have, line)];
+  return [...rename(want, have), ...mark(lv, line), ...extend(want, have, line)];
+}
+
+/** Renamed by hand: it is known by its uuid, and gets its name back. A replacement would lose the point in time. */
+function rename(want: Want, { lv, stranger }: Have): Step[] {
+  if (lv === undefined || lv.path === `${want.volumeGroup}/${want.name}`) return [];
+  if (lv.vg_name !== want.volumeGroup)
+    throw new Conflict({
+      what: `The snapshot ${want.volumeGroup}/${want.name} is ${lv.path} now (uuid ${lv.lv_uuid}). It was left as it is.`,
+      next: `If its volume group was renamed, declare \`volumeGroup: "${lv.vg_name}"\` after a \`pulumi refresh\`, or rename it back with \`vgrename\`.`,
+    });
+  if (stranger !== undefined)
+    throw new Conflict({
+      what: `The snapshot ${want.volumeGroup}/${want.name} was renamed to ${bare(lv)}, and another volume has its name. Both were left as they are.`,
+      next: `Rename the other one, or declare \`name: "${bare(lv)}"\` after a \`pulumi refresh\`.`,
+    });
+  return [
+    {
+      why: `give ${lv.path} its name ${want.name} back`,
+      argv: ["lvrename", "--", want.volumeGroup, bare(lv), want.name],
+      look: true,
+    },
+  ];
 }
 
 /** By name when a snapshot is taken or taken over. Later by uuid (see observe): a renamed origin is no drift. */
@@ -425,7 +448,8 @@ function asFound(want: Want, have: Have, line: Line<Pins>): Want {
   if (lv === undefined) return want;
   const found: Want = { ...want };
   found.origin ??= bare(origin ?? lv);
-  found.name ??= bare(lv);
+  found.volumeGroup = lv.vg_name;
+  found.name = bare(lv);
   if (origin !== undefined && want.size !== undefined && !isThin(lv) && lv.bytes < needed(line, origin))
     found.size = lv.bytes;
   return found;

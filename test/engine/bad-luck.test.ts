@@ -1,5 +1,5 @@
-// A create that is cut short, in every place where a real run can be: ssh, the provider's process and pulumi are killed in the
-// middle of lvcreate. Afterwards one more `pulumi up` leaves one snapshot, recorded.
+// A create that is cut short, in every place where a real run can be: ssh, the provider's process, pulumi and the host are killed
+// in the middle of lvcreate. Afterwards one more `pulumi up` leaves one snapshot, recorded.
 import { afterEach, beforeAll, describe, expect, it } from "vitest";
 import { useHosts } from "../lab/lab.js";
 import { type Project, useProjects } from "./project.js";
@@ -25,7 +25,10 @@ exit $e
 `;
 
 beforeAll(async () => {
-  await host.ssh("cat >/usr/local/sbin/lvcreate && chmod 755 /usr/local/sbin/lvcreate", { input: GATE });
+  await host.ssh(
+    "cat >/usr/local/sbin/lvcreate && chmod 755 /usr/local/sbin/lvcreate && sync /usr/local/sbin/lvcreate /usr/local/sbin",
+    { input: GATE },
+  );
   await host.ssh(
     `vgcreate -qq -y ${vg} /dev/ubdb && lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 64M -n other ${vg}`,
   );
@@ -38,6 +41,8 @@ const reached = (name: string) =>
     const { exitCode } = await host.ssh(`rm /run/reached/${name} 2>/dev/null`, { reject: false });
     return exitCode === 0;
   });
+const line = async (name: string) =>
+  (await host.ssh(`cat /var/lib/pulumi-vmbackup/LvSnapshot/${vg}%2F${name}.json`)).stdout;
 /** A run waits for the lock that the command of an earlier one still holds. */
 const waiting = (name: string) =>
   until(`a second run waits for ${name}`, async () => {
@@ -153,6 +158,42 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
     expect((await second).exitCode).toBe(0);
     await settled(it, "served");
   });
+
+  it.each(["before", "after"] as const)(
+    "by the host's crash, %s the work: finished by the next up, from what the ledger kept through the power cut",
+    async (at) => {
+      const it = await project("power");
+      await close("power", at);
+      const first = it.up();
+      await reached("power");
+      await host.crash();
+      const failed = await first;
+      expect(failed.exitCode).not.toBe(0);
+      expect(await it.resources()).toMatchObject([{ id: `${vg}/power`, initErrors: [expect.any(String)] }]);
+      await host.up();
+      // Written before the work, and whole
+      expect(JSON.parse(await line("power"))).toMatchObject({
+        identity: `${vg}/power`,
+        owner: "organization/test/dev/LvSnapshot/power",
+        finished: false,
+      });
+      const made = await snapshots(host, vg);
+      expect(Object.keys(made)).toEqual(at === "before" ? [] : ["power"]);
+
+      expect(await it.up()).toMatchObject({ exitCode: 0, summary: { update: 1 } });
+      if (at === "after") expect((await snapshots(host, vg)).power?.uuid).toBe(made.power?.uuid);
+      await settled(it, "power");
+
+      // And the last line of a run that ended well
+      await host.crash();
+      await host.up();
+      expect(JSON.parse(await line("power"))).toMatchObject({ finished: true });
+      await settled(it, "power");
+      expect((await it.destroy()).exitCode).toBe(0);
+      expect(await snapshots(host, vg)).toEqual({});
+      expect(await ledger(host, vg)).toEqual([]);
+    },
+  );
 
   it("by ^C: what runs is ended and recorded, what had not begun is left to the next up", async () => {
     const it = await project("begun", "waits");

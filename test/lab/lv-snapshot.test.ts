@@ -228,6 +228,72 @@ describe("LvSnapshot on real LVM", () => {
     await store.ssh(`lvremove -qq -y ${vg}/follow ${vg}/moved`);
   });
 
+  it("gives a snapshot that was renamed by hand its name back, and never replaces it for that", async () => {
+    await setUp();
+    const stack = stackFor("named");
+    const named = inputs({ name: "named" });
+    await stack.up(named);
+    const uuid = await lvs("named", "lv_uuid");
+    await store.ssh(["lvrename", "-qq", vg, "named", "moved"]);
+    expect(await stack.preview(named)).toBe("same"); // nobody looked yet
+    expect(await stack.refresh()).toBe("there");
+    expect(stack.recorded?.inputs).toMatchObject({ volumeGroup: vg, name: "moved" });
+    expect(stack.recorded?.outputs).toMatchObject({ name: "moved", uuid, status: { valid: true } });
+    expect(await stack.preview(named)).toBe("update");
+    expect(await stack.preview({ ...named, name: "elsewhere" })).toBe("replace");
+
+    // Another one has its name meanwhile: both stay
+    await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-L", "4M", "-n", "named", vg]);
+    const other = await lvs("named", "lv_uuid");
+    await expect(stack.up(named)).rejects.toThrow(/renamed to moved, and another volume has its name/);
+    expect([await lvs("moved", "lv_uuid"), await lvs("named", "lv_uuid")]).toEqual([uuid, other]);
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/named`]);
+
+    expect(await stack.up({ ...named, size: "12M" })).toBe("update");
+    expect(await lvs("named", "lv_uuid,lv_size")).toBe(`${uuid} ${12 * MiB}B`);
+    expect(await lvs("moved")).toBeUndefined();
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview({ ...named, size: "12M" })).toBe("same");
+
+    // The program takes the new name over: nothing is done, and destroy removes the one that was made
+    await store.ssh(["lvrename", "-qq", vg, "named", "kept"]);
+    await stack.refresh();
+    expect(await stack.preview({ ...named, name: "kept", size: "12M" })).toBe("same");
+    expect(await lvs("kept", "lv_uuid")).toBe(uuid);
+    await stack.destroy();
+    expect(await lvs("kept")).toBeUndefined();
+  });
+
+  it("says so when the volume group was renamed, and follows a program that names the new one", async () => {
+    const [one, two] = [`${vg}one`, `${vg}two`];
+    const image = "/var/tmp/snapsone.img";
+    await store.ssh(
+      `truncate -s 64M ${image} && dev=$(losetup --find --show ${image}) && vgcreate -qq -y ${one} "$dev" && lvcreate -qq -y -W n -L 8M -n root ${one}`,
+    );
+    try {
+      const stack = stackFor("group");
+      const of = (volumeGroup: string, size = "4M") => inputs({ name: "group", volumeGroup, size });
+      await stack.up(of(one));
+      await store.ssh(["vgrename", "-qq", one, two]);
+      expect(await stack.refresh()).toBe("there");
+      expect(stack.recorded?.outputs).toMatchObject({ volumeGroup: two, status: { valid: true } });
+      expect(await stack.preview(of(one))).toBe("update");
+      await expect(stack.up(of(one))).rejects.toThrow(new RegExp(`${one}/group is ${two}/group now`));
+      expect(await stack.preview(of(two))).toBe("same");
+      expect(await stack.up(of(two, "8M"))).toBe("update");
+      const seen = await store.ssh(["lvs", "--noheadings", "--units", "m", "-o", "lv_size", `${two}/group`]);
+      expect(seen.stdout.trim()).toBe("8.00m");
+      await stack.destroy();
+      const left = await store.ssh(["lvs", "--noheadings", "-o", "lv_name", two]);
+      expect(left.stdout.trim()).toBe("root");
+    } finally {
+      await store.ssh(
+        `vgremove -ff -y ${one} ${two}; losetup -j ${image} | cut -d: -f1 | xargs -r losetup -d; rm -f ${image}`,
+        { reject: false },
+      );
+    }
+  });
+
   it("takes thin snapshots, active at once, and keeps the last copy", async () => {
     await setUp();
     const stack = stackFor("tsnap");

@@ -150,6 +150,25 @@ describe("plan", () => {
       `lvchange --addtag ${tag} --deltag ${tagOf("o/p/old/k/n")} -- vg/snap`,
     ]);
   });
+  it("gives one that was renamed by hand its name back, and then looks again", async () => {
+    const pins = { uuid: "S", originUuid: "O", takenAt: "t", asked: 32 * MiB, bytes: 32 * MiB };
+    const renamed = { ...snap, lv_name: "byhand" };
+    const of = async (over: object, ...more: object[]) => transcript(over, [root, renamed, ...more], pins);
+    expect((await of({ size: 40 * MiB }))[0]).toBe("lvrename -- vg byhand snap");
+    await expect(of({}, { ...snap, lv_uuid: "X" })).rejects.toThrow(
+      /renamed to byhand, and another volume has its name/,
+    );
+    await expect(
+      transcript(
+        {},
+        [
+          { ...root, vg_name: "vg1" },
+          { ...renamed, vg_name: "vg1" },
+        ],
+        pins,
+      ),
+    ).rejects.toThrow(/vg\/snap is vg1\/byhand now \(uuid S\).*volumeGroup: "vg1"/s);
+  });
   it.each([
     [
       "an overflow",
