@@ -15,6 +15,8 @@ import { fenced, forget, type Line, type Memory, memory } from "./host-ledger.js
 export interface Step extends Command {
   /** Observe before going on to the next step of the plan. */
   look?: true;
+  /** Of a removal: reads back that nothing is left, so that the ledger's line goes in the same command. */
+  last?: true;
   /** Long work: a unit on the host that outlives the connection, joined by whoever plans the same; then observe. */
   job?: true;
 }
@@ -326,7 +328,9 @@ export class Engine {
       if (steps.length === 0) break;
       last = this.#progress(id, last, steps, host);
       for (const step of steps) {
-        await fenced(host, line, line.incarnation, inTime(step, deadline, this.#definition.kind, id));
+        const timed = inTime(step, deadline, this.#definition.kind, id);
+        if (step.last) return await forget(host, line, timed);
+        await fenced(host, line, line.incarnation, timed);
         if (step.look) break;
       }
     }

@@ -398,6 +398,11 @@ function extend(want: Want, have: Have, line: Line<Pins>): Step[] {
 
 // ---------------------------------------------------------------- remove
 
+// Reads back, so that nothing needs to look again before it is forgotten.
+const REMOVE = `lvremove --yes --select "lv_uuid=$1" -- "$2" || exit
+left=$(lvs --noheadings --options lv_uuid --select "lv_uuid=$1") || exit
+[ -z "$left" ] || { echo "lvremove ended without an error, and yet it is there" >&2; exit 1; }`;
+
 function remove(have: Have, line: Line<Pins>): Step[] {
   const { lv } = have;
   // A create that was cut short wrote no uuid down; what it made is known by its mark.
@@ -417,8 +422,9 @@ function remove(have: Have, line: Line<Pins>): Step[] {
   return [
     {
       why: `remove the snapshot ${lv.path}`,
-      argv: ["lvremove", "--yes", "--select", `lv_uuid=${lv.lv_uuid}`, "--", lv.path],
-      look: true,
+      argv: ["sh", "-c", REMOVE, "remove", lv.lv_uuid, lv.path],
+      shown: ["lvremove", "--yes", "--select", `lv_uuid=${lv.lv_uuid}`, "--", lv.path],
+      last: true,
       next: "If it is in use: unmount it or end what has it open (`lsof`, `fuser -v`), then run `pulumi destroy` again.",
     },
   ];

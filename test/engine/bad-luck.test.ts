@@ -5,7 +5,7 @@ import { useHosts } from "../lab/lab.js";
 import { type Project, useProjects } from "./project.js";
 import { errors, kill, ledger, literal, processes, program, servers, snapshots, sshs, until } from "./snapshots.js";
 
-// A host of its own: its lvcreate waits where a test wants it to.
+// A host of its own: its lvcreate and lvremove wait where a test wants them to.
 const { luck: host } = useHosts({ luck: { uml: true } });
 const make = useProjects();
 const vg = "luck";
@@ -13,20 +13,21 @@ const vg = "luck";
 // In front of the real one, by PATH. /run/gate/NAME says where to wait: "before" the work or "after" it.
 const GATE = `#!/bin/sh
 for word; do case $last in -n|--name) name=$word;; esac; last=$word; done
+: "\${name:=\${last#*/}}"
 at() {
   [ "$(cat "/run/gate/$name" 2>/dev/null)" = "$1" ] || return 0
   mkdir -p /run/reached; : >"/run/reached/$name"
   while [ -e "/run/gate/$name" ]; do sleep 0.1; done
 }
 at before
-/usr/sbin/lvcreate "$@"; e=$?
+/usr/sbin/\${0##*/} "$@"; e=$?
 at after
 exit $e
 `;
 
 beforeAll(async () => {
   await host.ssh(
-    "cat >/usr/local/sbin/lvcreate && chmod 755 /usr/local/sbin/lvcreate && sync /usr/local/sbin/lvcreate /usr/local/sbin",
+    "cd /usr/local/sbin && cat >lvcreate && chmod 755 lvcreate && cp -p lvcreate lvremove && sync lvcreate lvremove .",
     { input: GATE },
   );
   await host.ssh(
@@ -37,7 +38,7 @@ beforeAll(async () => {
 const close = (name: string, at: "before" | "after") => host.ssh(`mkdir -p /run/gate && echo ${at} >/run/gate/${name}`);
 const open = (name: string) => host.ssh(`rm -f /run/gate/${name}`);
 const reached = (name: string) =>
-  until(`lvcreate of ${name} runs`, async () => {
+  until(`the command for ${name} runs`, async () => {
     const { exitCode } = await host.ssh(`rm /run/reached/${name} 2>/dev/null`, { reject: false });
     return exitCode === 0;
   });
@@ -113,6 +114,27 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
     const second = it.destroy();
     await waiting("undone");
     await open("undone");
+    expect((await second).exitCode).toBe(0);
+    expect(await it.resources()).toEqual([]);
+    expect(await snapshots(host, vg)).toEqual({});
+    expect(await ledger(host, vg)).toEqual([]);
+  });
+
+  it("a destroy by kill -9 of ssh: the next one waits for its command and has nothing left to do", async () => {
+    const it = await project("leaving");
+    expect((await it.up()).exitCode).toBe(0);
+    await close("leaving", "before");
+    const first = it.destroy();
+    await reached("leaving");
+    kill(...(await sshs(it)));
+    const failed = await first;
+    expect(failed.exitCode).not.toBe(0);
+    expect(errors(failed)).toMatch(/the connection to .* was lost while the command ran/);
+    expect(Object.keys(await snapshots(host, vg))).toEqual(["leaving"]);
+
+    const second = it.destroy();
+    await waiting("leaving");
+    await open("leaving");
     expect((await second).exitCode).toBe(0);
     expect(await it.resources()).toEqual([]);
     expect(await snapshots(host, vg)).toEqual({});

@@ -1,9 +1,11 @@
 // LvSnapshot on real LVM: the laws, and what is special about points in time.
-import { afterEach, describe, expect, it } from "vitest";
+import { readdirSync } from "node:fs";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
+import { hooks } from "../../provider/host.js";
 import { laws } from "../laws.js";
 import { Stack } from "../stack.js";
-import { useStore, useVolumeGroup } from "./lab.js";
+import { useHosts, useStore, useVolumeGroup } from "./lab.js";
 
 const MiB = 1 << 20;
 const store = useStore();
@@ -12,6 +14,17 @@ const setUp = useOnce(async () => {
   await store.ssh(
     `lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 32M -n other ${vg} && lvcreate -qq -y --type thin-pool -L 64M -n pool ${vg} && lvcreate -qq -y --thinpool pool -V 64M -n thin ${vg}`,
   );
+});
+
+/** Every command that was run here, its operands left out. */
+const issued = new Set<string>();
+beforeEach(() => {
+  const watch = hooks.argv;
+  hooks.argv = (host, argv, deed, tool) => {
+    watch?.(host, argv, deed, tool);
+    if (tool[0].startsWith("lv") || tool[0].startsWith("vg"))
+      issued.add(tool.map((word, i) => (i === 0 || word.startsWith("-") ? word : "…")).join(" "));
+  };
 });
 
 function useOnce(work: () => Promise<void>): () => Promise<void> {
@@ -371,15 +384,28 @@ describe("LvSnapshot on real LVM", () => {
     ["an option", "--force"],
     ["unicode", "schnäppchen"],
   ])("never runs a hostile string, in any field: %s", async (_name, hostile) => {
-    for (const field of ["volumeGroup", "origin", "name", "size", "host"]) {
-      const stack = stackFor("hostile");
+    const stack = stackFor("hostile");
+    for (const field of ["volumeGroup", "origin", "name", "size", "host"])
       await expect(stack.up(inputs({ name: "hostile", [field]: hostile }))).rejects.toThrow();
-      await expect(
-        stack.up(inputs({ name: "hostile", host: { ...store.connection, user: hostile } })),
-      ).rejects.toThrow();
-    }
-    const { exitCode } = await store.ssh("test -e /tmp/hit || test -e /tmp/hit*", { reject: false });
-    expect(exitCode).not.toBe(0);
+    const here = { host: "127.0.0.1", dialErrorLimit: 1, perDialTimeout: 1, port: 9 };
+    for (const connection of [
+      { ...store.connection, user: hostile },
+      { ...here, host: hostile },
+      { ...here, hostKey: hostile },
+      { ...here, privateKey: hostile },
+      { ...here, privateKey: store.privateKey, privateKeyPassword: hostile },
+      { ...here, privateKey: `-----BEGIN OPENSSH PRIVATE KEY-----\n${hostile}` },
+      { ...here, agentSocketPath: hostile },
+      { ...here, configFile: hostile },
+      { ...here, proxy: { host: hostile } },
+      { ...here, proxy: { ...here, user: hostile } },
+      { ...here, proxy: { ...here, agentSocketPath: hostile } },
+    ])
+      await expect(stack.up(inputs({ name: "hostile", host: connection }))).rejects.toThrow();
+    for (const id of [hostile, `${vg}/${hostile}`, `${hostile}/x`])
+      await expect(stack.calls.read(id, { host: store.connection, __provider: "x" })).rejects.toThrow();
+    expect((await store.ssh("ls /tmp | grep hit || true")).stdout).toBe("");
+    expect(readdirSync("/tmp").filter((name) => name.startsWith("hit"))).toEqual([]); // ssh runs shells here, too
   });
 
   it("carries any owner in the tag: blanks, quotes, unicode, and a name that no tag could hold", async () => {
@@ -389,4 +415,90 @@ describe("LvSnapshot on real LVM", () => {
     expect(await stack.preview(inputs({ name: "owners" }))).toBe("same");
     await expect(stackFor("other").up(inputs({ name: "owners" }))).rejects.toThrow(/it's "ünique"; \$\(x\) y+/);
   });
+});
+
+describe("an answer that is none", () => {
+  const { odd } = useHosts({ odd: {} });
+  const EMPTY = `echo '{"report":[{"lv":[]}]}'`;
+  const state = (more: Fields) => ({
+    ...inputs({ name: "odd", host: odd.connection }),
+    __v: 1,
+    __owner: "organization/laws/dev/LvSnapshot/odd",
+    __incarnation: "0123456789abcdef",
+    __provider: "x",
+    ...more,
+  });
+  const tool = (script: string) =>
+    odd.ssh("cat >/usr/local/sbin/lvs && chmod 755 /usr/local/sbin/lvs", { input: `#!/bin/sh\n${script}\n` });
+  const { calls } = new Stack("LvSnapshot", "odd");
+
+  // What every line below must not be taken for
+  it("gone is what a good answer says", async () => {
+    await tool(EMPTY);
+    expect(await calls.read(`${vg}/odd`, state({}))).toEqual({ props: {} });
+  });
+
+  it.each([
+    [
+      "lvs is missing",
+      () => odd.ssh("rm /usr/local/sbin/lvs; mv /usr/sbin/lvs /root/"),
+      {},
+      /has no command lvs.*\nInstall the package lvm2 on odd/s,
+    ],
+    [
+      "lvs fails, and prints an empty list all the same",
+      () => tool(`${EMPTY}; echo "  Failed to set up devices" >&2; exit 5`),
+      {},
+      /lvs exited 5 on odd.*Failed to set up devices/s,
+    ],
+    [
+      "it is no JSON",
+      () => tool("echo WARNING: locking is off"),
+      {},
+      /answered, but not what was asked.*WARNING: locking is off.*\nRun the command by hand/s,
+    ],
+    ["it is empty", () => tool("true"), {}, /answered, but not what was asked/],
+    ["it is JSON of another shape", () => tool(`echo '{"report":[]}'`), {}, /answered, but not what was asked/],
+    [
+      "sudo asks for a password",
+      () => odd.ssh("rm -f /etc/sudoers.d/deploy"),
+      { user: "deploy", sudo: true },
+      /sudo on deploy@odd\S* wants a password.*NOPASSWD/s,
+    ],
+  ])(
+    "%s: an error of its own, never an absent snapshot, and nothing is changed",
+    async (_name, arrange, how, message) => {
+      await arrange();
+      const properties = state({ host: { ...odd.connection, ...how } });
+      const before = hooks.argv;
+      const changed: string[] = [];
+      hooks.argv = (host, argv, deed, words) => {
+        before?.(host, argv, deed, words);
+        if (deed === "change" || deed === "ledger") changed.push(words.join(" "));
+      };
+      for (const call of [
+        () => calls.read(`${vg}/odd`, properties),
+        () => calls.create(properties),
+        () => calls.update(`${vg}/odd`, properties, properties),
+        () => calls.delete(`${vg}/odd`, properties),
+      ])
+        await expect(call()).rejects.toThrow(message);
+      expect(changed).toEqual([]);
+    },
+  );
+});
+
+// Last: what the tests above have issued is all that there is.
+it("every command that LvSnapshot issues was run here", () => {
+  expect([...issued].sort()).toEqual([
+    "lvchange --addtag … --deltag … -- …",
+    "lvchange --addtag … -- …",
+    "lvcreate --yes --snapshot --setactivationskip … --name … --addtag … -- …",
+    "lvcreate --yes --snapshot --size … --name … --addtag … -- …",
+    "lvextend --size … -- …",
+    "lvremove --yes --select … -- …",
+    "lvrename -- … … …",
+    "lvs --all --reportformat … --units … --nosuffix --config … --options …",
+    "vgs --reportformat … --units … --nosuffix --options …",
+  ]);
 });
