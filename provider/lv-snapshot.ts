@@ -83,7 +83,7 @@ const lvs: Report<Row[]> = {
 };
 
 /** Volume groups by name; asked only to explain (lvs shows no group that is empty). */
-const vgs: Report<string[]> = {
+export const vgs: Report<string[]> = {
   why: "list the volume groups",
   argv: ["vgs", ...JSON_BYTES, "--options", "vg_name"],
   answer: z
@@ -226,7 +226,9 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
     if (have.stranger !== undefined) throw taken(what);
     return [take(want, have, line)];
   }
-  if (lv.origin === "" || have.origin === undefined || !sameOrigin(want, have, line))
+  // A thin one outlives its origin, and is then the last copy.
+  const outlived = have.isPinned && isThin(lv) && lv.origin_uuid === "";
+  if (!outlived && (lv.origin === "" || have.origin === undefined || !sameOrigin(want, have, line)))
     throw new Conflict({
       what: `${what} exists, but it is ${lv.origin === "" ? "no snapshot" : `a snapshot of ${lv.origin}, not of ${want.origin}`}. It was left as it is.`,
       next: "Choose another `name`, or name the volume that it is a snapshot of as `origin`.",

@@ -191,6 +191,8 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
       await host.crash();
       const failed = await first;
       expect(failed.exitCode).not.toBe(0);
+      // Switched off, it is not taken for gone
+      if (at === "after") expect((await it.refresh()).exitCode).not.toBe(0);
       expect(await it.resources()).toMatchObject([{ id: `${vg}/power`, initErrors: [expect.any(String)] }]);
       await host.up();
       // Written before the work, and whole

@@ -9,6 +9,7 @@ import {
   lvSnapshot,
   roomFor,
   tagOf,
+  vgs,
 } from "../../provider/lv-snapshot.js";
 import { recording } from "../captures.js";
 
@@ -42,6 +43,18 @@ describe("the recorded answers of lvs", () => {
     const overflowed = parsed.filter((each) => each.lv_attr !== undefined && isOverflowed(each as never));
     expect(overflowed.length).toBeGreaterThan(0);
     expect(overflowed.every((each) => each.lv_attr === "swi-I-s---")).toBe(true);
+  });
+});
+
+describe("the recorded answers of vgs", () => {
+  it("name the volume groups, also when there is none", () => {
+    const named = ["linux/lvm-thick", "linux/lvm-thin-autoextend"].flatMap((name) =>
+      recording(name)
+        .filter(({ cmd, stdout }) => /^vgs\b/.test(String(cmd)) && stdout.trimStart().startsWith("{"))
+        .map(({ stdout }) => vgs.answer.parse(JSON.parse(stdout))),
+    );
+    expect(named).toContainEqual(["vgdata"]);
+    expect(named).toContainEqual([]);
   });
 });
 
