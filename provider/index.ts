@@ -479,6 +479,7 @@ export interface NbdExport {
  * - A snapshot of an ordinary volume has room of its own (`size`); when more of the origin changes than fits, LVM drops it. Then,
  *   and when it was removed or merged, the point in time is **lost**: `refresh` says so with `status.valid: false`, `up` fails
  *   until you take a new one on purpose.
+ * - It is known by its uuid: one that was renamed by hand is drift, and gets its name back.
  * - An ordinary origin cannot be resized while it has a snapshot.
  * - Rolling back (`lvconvert --merge`) is an act by hand, never part of an update, replacement or destroy.
  * - Refused: an unknown volume group, origin or too little room (before anything is changed), a name that is taken, a snapshot of

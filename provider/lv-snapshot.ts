@@ -138,8 +138,10 @@ export const isOverflowed = (row: Row) =>
   row.lv_snapshot_invalid === "snapshot invalid" || row.lv_attr[4] === "I" || row.lv_attr[4] === "S";
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
-  const rows = await host.ask(lvs);
-  const inGroup = rows.filter((row) => row.vg_name === want.volumeGroup);
+  const all = await host.ask(lvs);
+  const inGroup = all.filter((row) => row.vg_name === want.volumeGroup);
+  // A cloned volume group (vgimportclone) has volumes of the same uuids: those of the declared one come first.
+  const rows = [...inGroup, ...all.filter((row) => row.vg_name !== want.volumeGroup)];
   const pins = line?.pins ?? {};
   const named = inGroup.find((row) => bare(row) === want.name);
   const mine = pins.uuid === undefined ? named : rows.find((row) => row.lv_uuid === pins.uuid);
@@ -402,7 +404,7 @@ function extend(want: Want, have: Have, line: Line<Pins>): Step[] {
 
 // Reads back, so that nothing needs to look again before it is forgotten.
 const REMOVE = `lvremove --yes --select "lv_uuid=$1" -- "$2" || exit
-left=$(lvs --noheadings --options lv_uuid --select "lv_uuid=$1") || exit
+left=$(lvs --noheadings --options lv_uuid --select "lv_uuid=$1" -- "\${2%%/*}") || exit
 [ -z "$left" ] || { echo "lvremove ended without an error, and yet it is there" >&2; exit 1; }`;
 
 function remove(have: Have, line: Line<Pins>): Step[] {

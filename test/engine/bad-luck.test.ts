@@ -120,6 +120,35 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
     expect(await ledger(host, vg)).toEqual([]);
   });
 
+  it("by customTimeouts: before the work nothing is begun, in its middle it is half made and finished by the next up", async () => {
+    const it = await project("timed");
+    const within = (create: string) =>
+      it.write(
+        program(
+          `new LvSnapshot("timed", { host: ${literal(host.connection)}, volumeGroup: "${vg}", origin: "root", size: "8M" }, { customTimeouts: { create: "${create}" } });`,
+        ),
+      );
+    await within("1s");
+    const over = await it.up();
+    expect(over.exitCode).not.toBe(0);
+    expect(errors(over)).toMatch(/the time given by customTimeouts is over before "take the snapshot/);
+    expect(await it.resources()).toEqual([]);
+    expect(await ledger(host, vg)).toEqual([]);
+
+    await close("timed", "before");
+    await within("20s");
+    const late = await it.up();
+    expect(late.exitCode).not.toBe(0);
+    expect(errors(late)).toMatch(/did not answer within \d+ s.*it looks first/s);
+    expect(await it.resources()).toMatchObject([{ id: `${vg}/timed`, initErrors: [expect.any(String)] }]);
+    await within("10m");
+    const second = it.up();
+    await waiting("timed");
+    await open("timed");
+    expect(await second).toMatchObject({ exitCode: 0, summary: { update: 1 } });
+    await settled(it, "timed");
+  });
+
   it("a destroy by kill -9 of ssh: the next one waits for its command and has nothing left to do", async () => {
     const it = await project("leaving");
     expect((await it.up()).exitCode).toBe(0);

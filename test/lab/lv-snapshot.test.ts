@@ -276,8 +276,8 @@ describe("LvSnapshot on real LVM", () => {
     expect(await lvs("kept")).toBeUndefined();
   });
 
-  it("says so when the volume group was renamed, and follows a program that names the new one", async () => {
-    const [one, two] = [`${vg}one`, `${vg}two`];
+  it("keeps to its volume group when that was cloned, says so when it was renamed, and follows a program that names the new one", async () => {
+    const [one, two, clone] = [`${vg}one`, `${vg}two`, `a${vg}clone`];
     const image = "/var/tmp/snapsone.img";
     await store.ssh(
       `truncate -s 64M ${image} && dev=$(losetup --find --show ${image}) && vgcreate -qq -y ${one} "$dev" && lvcreate -qq -y -W n -L 8M -n root ${one}`,
@@ -285,6 +285,26 @@ describe("LvSnapshot on real LVM", () => {
     try {
       const stack = stackFor("group");
       const of = (volumeGroup: string, size = "4M") => inputs({ name: "group", volumeGroup, size });
+      await stack.up(of(one));
+      // A clone of the group has volumes of the same uuids, and comes first in every list
+      await store.ssh(
+        `cp ${image} ${image}.clone && dev=$(losetup --find --show ${image}.clone) && vgimportclone -n ${clone} "$dev" && vgs ${clone}`,
+      );
+      expect(await stack.refresh()).toBe("there");
+      expect(await stack.preview(of(one))).toBe("same");
+      const copies = await store.ssh(["lvs", "--noheadings", "-o", "lv_uuid", `${clone}/group`]);
+      expect(copies.stdout.trim()).toBe(stack.recorded?.outputs.uuid);
+      await stack.destroy();
+      const left = await store.ssh(`lvs --noheadings -o lv_full_name ${clone} ${one}`);
+      expect(left.stdout.split(/\s+/).filter(Boolean).sort()).toEqual([
+        `${clone}/group`,
+        `${clone}/root`,
+        `${one}/root`,
+      ]);
+      await store.ssh(
+        `vgremove -ff -y ${clone}; losetup -j ${image}.clone | cut -d: -f1 | xargs losetup -d; rm ${image}.clone`,
+      );
+
       await stack.up(of(one));
       await store.ssh(["vgrename", "-qq", one, two]);
       expect(await stack.refresh()).toBe("there");
@@ -296,11 +316,11 @@ describe("LvSnapshot on real LVM", () => {
       const seen = await store.ssh(["lvs", "--noheadings", "--units", "m", "-o", "lv_size", `${two}/group`]);
       expect(seen.stdout.trim()).toBe("8.00m");
       await stack.destroy();
-      const left = await store.ssh(["lvs", "--noheadings", "-o", "lv_name", two]);
-      expect(left.stdout.trim()).toBe("root");
+      const last = await store.ssh(["lvs", "--noheadings", "-o", "lv_name", two]);
+      expect(last.stdout.trim()).toBe("root");
     } finally {
       await store.ssh(
-        `vgremove -ff -y ${one} ${two}; losetup -j ${image} | cut -d: -f1 | xargs -r losetup -d; rm -f ${image}`,
+        `vgremove -ff -y ${one} ${two} ${clone}; for image in ${image} ${image}.clone; do losetup -j $image | cut -d: -f1 | xargs -r losetup -d; rm -f $image; done`,
         { reject: false },
       );
     }

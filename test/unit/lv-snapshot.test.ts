@@ -182,6 +182,17 @@ describe("plan", () => {
       ),
     ).rejects.toThrow(/vg\/snap is vg1\/byhand now \(uuid S\).*volumeGroup: "vg1"/s);
   });
+  it("keeps to the declared volume group, also when a clone of it has volumes of the same uuids", async () => {
+    const pins = { uuid: "S", originUuid: "O", takenAt: "t", asked: 32 * MiB, bytes: 32 * MiB };
+    const clones = [root, { ...snap, lv_tags: tag }].map((row) => ({ ...row, vg_name: "a-clone" }));
+    const rows = [...clones, root, { ...snap, lv_tags: tag }];
+    expect(await transcript({}, rows, pins)).toEqual([]);
+    const line = { owner, pins } as never;
+    const have = await lvSnapshot.observe(want, line, { ask: async () => rows } as never);
+    expect(lvSnapshot.remove(have, line).map(({ shown }) => shown?.join(" "))).toEqual([
+      "lvremove --yes --select lv_uuid=S -- vg/snap",
+    ]);
+  });
   it.each([
     [
       "an overflow",
