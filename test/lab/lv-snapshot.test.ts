@@ -515,8 +515,8 @@ describe("an answer that is none", () => {
 // Last: what the tests above have issued is all that there is.
 it("every command that LvSnapshot issues was run here", () => {
   expect([...issued].sort()).toEqual([
-    "lvchange --addtag … --deltag … -- …",
     "lvchange --addtag … -- …",
+    "lvchange --addtag … --deltag … -- …",
     "lvcreate --yes --snapshot --setactivationskip … --name … --addtag … -- …",
     "lvcreate --yes --snapshot --size … --name … --addtag … -- …",
     "lvextend --size … -- …",
