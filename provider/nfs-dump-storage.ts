@@ -49,6 +49,8 @@ import {
 
 /** What was seen once, or must survive a removal and re-adding in between. */
 interface Pins {
+  /** What was last seen mounted for it: after a removal by hand it tells whose the mount is that is left. */
+  source?: string;
   /** The mount that was there, active and writable when the work was last finished: source and mount options. */
   proven?: string;
   /** The claim of that time. */
@@ -246,13 +248,14 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
   const mounted = seen.mounts.filter(({ target }) => target === path).map((mount) => mount.source);
   const rowSource = row && sourceOf(row.values.server ?? "", row.values.export ?? "");
   // After `pvesm remove` the mount is still there; what we had tells whose it is.
-  const before = pins.proven?.split(" ")[0] ?? (want.server === undefined ? "" : sourceOf(want.server, want.export));
+  const before = pins.source ?? (want.server === undefined ? "" : sourceOf(want.server, want.export));
   const source = await asMounted(rowSource ?? before, mounted.at(-1), host);
   const isThere = state?.active && mounted.at(-1) === source;
   const looked = isThere ? (await mountsLookedAt(states, seen, host)).get(id) : undefined;
   const values: Values = row === undefined ? {} : found(row);
 
   if (row !== undefined) {
+    pins.source = source;
     if (line?.finished) pins.proven = provenKey(source, values.options);
     const carried = carry(row, line?.kept ?? []);
     if (carried === undefined) delete pins.carried;

@@ -2,6 +2,7 @@ import * as pulumi from "@pulumi/pulumi";
 import { describe, expect, it } from "vitest";
 import { check, diff } from "../../provider/engine-check.js";
 import type { Fields } from "../../provider/engine-values.js";
+import type { Host, Report } from "../../provider/host.js";
 import type { Line } from "../../provider/host-ledger.js";
 import { NfsDumpStorage, VmIdRange } from "../../provider/index.js";
 import { nfsDumpStorage } from "../../provider/nfs-dump-storage.js";
@@ -257,6 +258,63 @@ describe("plan", () => {
     expect(nfsDumpStorage.asFound(want(), h, l)).toEqual({ ...want(), bwlimit: "restore=1" });
     expect(nfsDumpStorage.asFound(want({ bwlimit: "restore=1" }), h, l)).toEqual(want({ bwlimit: "restore=1" }));
     expect(nfsDumpStorage.asFound(want({ retention: { keepLast: 3 } }), have("\tcontent backup\n"), l)).toEqual(want());
+  });
+});
+
+describe("observe", () => {
+  /** A node that answers the questions from these files and this mount table; no server is behind it. */
+  function node(storageCfg: string, mounts: { target: string; source: string }[]): Host {
+    const parts = {
+      node: "pve\n",
+      machine: "m\n",
+      ledger: "l\n",
+      storage: storageCfg,
+      mounts: JSON.stringify({ filesystems: mounts.map((mount) => ({ ...mount, fstype: "nfs4" })) }),
+    };
+    const look = Object.entries(parts).map(([name, text]) => `\u001e${name}\n${text}`);
+    const run = async () => {
+      throw new Error("observe only asks");
+    };
+    const ask = async <T>({ argv, parse = JSON.parse, answer }: Report<T>): Promise<T> =>
+      answer.parse(parse(argv[0] === "pvesh" ? "[]" : look.join("\n")));
+    return { name: "pve", run, ask, identity: async () => ({ machineId: "m" }) };
+  }
+  const row =
+    "nfs: nfs-fast-dump\n\texport /mnt/data/pve-dump\n\tserver skydev\n\tpath /mnt/pve/nfs-fast-dump\n\tcontent backup\n";
+  const mounts = [{ target: "/mnt/pve/nfs-fast-dump", source: "skydev:/mnt/data/pve-dump" }];
+  const want = (over: Fields = {}) => checked(over).inputs as Want;
+  const line = (pins: Pins): Line<Pins> => ({
+    v: 1,
+    kind: "NfsDumpStorage",
+    identity: "nfs-fast-dump",
+    owner: "o/p/s/k/n",
+    incarnation: "1",
+    finished: false,
+    kept: [],
+    pins,
+  });
+
+  it("remembers the mount as soon as it is seen, also before the work is finished", async () => {
+    const { pins, exists } = await nfsDumpStorage.observe(want(), line({}), node(row, mounts));
+    expect(exists).toBe(true);
+    expect(pins).toEqual({ source: "skydev:/mnt/data/pve-dump" });
+  });
+
+  it("knows our mount that was left by a removal by hand, also when the program moved the storage meanwhile", async () => {
+    const ours = line({ source: "skydev:/mnt/data/pve-dump" });
+    const moved = want({ export: "/other" });
+    const have = await nfsDumpStorage.observe(moved, ours, node("", mounts));
+    expect(have).toMatchObject({ exists: false, source: "skydev:/mnt/data/pve-dump" });
+    const [step] = nfsDumpStorage.plan(moved, have, ours);
+    // Path, the new source, and what is to be unmounted before.
+    expect(step?.argv.slice(5, 8)).toEqual(["/mnt/pve/nfs-fast-dump", "skydev:/other", "skydev:/mnt/data/pve-dump"]);
+    const stranger = await nfsDumpStorage.observe(moved, line({}), node("", mounts));
+    expect(() => nfsDumpStorage.plan(moved, stranger, line({}))).toThrow(/is mounted already/);
+  });
+
+  it("takes a storage of another kind for no object of ours", async () => {
+    const have = await nfsDumpStorage.observe(want(), line({}), node("dir: nfs-fast-dump\n\tpath /x\n", []));
+    expect(have).toMatchObject({ exists: false, stranger: "dir" });
   });
 });
 
