@@ -153,10 +153,13 @@ export function joins(line: Line, step: Command, now: JobState): boolean {
   return wanted && (now.state === "running" || (now.state === "ok" && job.result === undefined));
 }
 
+/** What failed when something was removed for it is Unfinished. */
+type Work = Command & { halfway?: true | undefined };
+
 const WAIT = 20;
 
 /** Waits for the job of the line and records how it ended. A connection that is lost meanwhile does not harm the job. */
-export async function ended(host: Host, line: Line, step: Command, deadline: number): Promise<void> {
+export async function ended(host: Host, line: Line, step: Work, deadline: number): Promise<void> {
   const { job } = line;
   if (job === undefined) throw new Error(`${line.kind} ${line.identity} has no job to wait for`);
   let told = 0;
@@ -188,20 +191,19 @@ export async function ended(host: Host, line: Line, step: Command, deadline: num
   }
 }
 
-function failed(host: Host, job: Job, step: Command, { exit, rebooted, log }: JobState): CommandFailed {
+function failed(host: Host, job: Job, step: Work, { exit, rebooted, log }: JobState): CommandFailed | Unfinished {
   const tool = (step.shown ?? step.argv)[0];
   const how =
     exit !== undefined
       ? `${tool} exited ${exit} on ${host.name}`
       : `${tool} ended on ${host.name} without a result: ${rebooted ? "the host was started anew meanwhile" : "it was killed"}`;
-  return new CommandFailed({
+  const told = {
     what: `Unable to ${step.why}: ${how}.`,
     command: shown({ argv: step.shown ?? step.argv }),
     stderr: log.trim().split("\n").slice(-12).join("\n"),
-    exit,
-    stdout: log,
     next: `${step.next ?? "Run `pulumi up` again: it clears up what this attempt left, and begins anew."} The whole log is ${baseOf(job)}.log on the host.`,
-  });
+  };
+  return step.halfway ? new Unfinished(told) : new CommandFailed({ ...told, exit, stdout: log });
 }
 
 /** Removes what is left of a line's job on the host; for an object that goes. */
