@@ -339,12 +339,12 @@ async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): P
 type Mounted = OnExport & { path: string; source: string };
 
 /**
- * Where it has to be written down that a guest had this id: the registries in which it is claimed. `unseen`: an export is mounted and
- * does not answer.
+ * Where it has to be written down that a guest had this id: the registries in which it is claimed. `unseen`: an export cannot be asked
+ * now (it does not answer, its storage is disabled).
  */
 export async function idUnremembered(vmId: number, host: Host): Promise<{ at: Mounted[]; unseen: boolean }> {
   const seen = await host.ask(look);
-  const nfs = seen.storages.filter(({ type, values }) => type === "nfs" && values.disable === undefined);
+  const nfs = seen.storages.filter(({ type }) => type === "nfs");
   const on =
     nfs.length === 0 ? new Map<string, Mounted>() : await mountsLookedAt(await host.ask(storageStates), seen, host);
   const claimed = [...on.values()].filter(({ claims }) => claims.some((c) => c.lower <= vmId && vmId <= c.upper));

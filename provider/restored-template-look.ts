@@ -68,7 +68,9 @@ export interface Mine {
   unknown: string[];
   /** Disks that the configuration names and no storage has. */
   missing: string[];
-  /** What they give back, by storage. */
+  /** Disks of a template that were not made a template's. */
+  unconverted: string[];
+  /** What its disks give back, by storage. */
   frees: ReadonlyMap<string, number>;
 }
 
@@ -134,13 +136,21 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
       placeholder = { file, free: await host.ask(files.guestLock(vmId)) };
     }
   }
-  if (found !== undefined && next !== undefined) next = described(next, found, want, pins !== undefined);
+  if (found !== undefined && next !== undefined) next = described(next, found, pins !== undefined);
   const oldFile = pins?.old === undefined ? undefined : guests.byId.get(pins.old.vmId);
   const oldIsThere = oldFile !== undefined && tokenOf(oldFile) === pins?.old?.token;
 
   const lost = job.state === "failed" && restoring ? done.made : [];
   const volumes = await volumesOf([next, next?.old], lost, host);
   const mine = found === undefined || next === undefined ? undefined : mineOf(found, next, volumes);
+  // Once, when all is as it shall be.
+  if (
+    mine !== undefined &&
+    next !== undefined &&
+    next.settings === undefined &&
+    (next.adopted || isSettled(want, mine))
+  )
+    next.settings = settingsOf(mine.file);
   const old =
     !oldIsThere || oldFile === undefined || next?.old === undefined ? undefined : mineOf(oldFile, next.old, volumes);
   // Whoever has the id of a volume now has the volume, also one that his configuration does not name: a restore of his that is still at
@@ -297,8 +307,8 @@ function adopted(want: Want, file: files.GuestFile, vmId: number): Pins {
   return { vmId, asked: want.from, token: tokenOf(file), adopted: true };
 }
 
-/** What is seen of a guest of ours; its settings once, when all is as it shall be. */
-function described(pins: Pins, file: files.GuestFile, want: Want, ours: boolean): Pins {
+/** What is seen of a guest of ours. */
+function described(pins: Pins, file: files.GuestFile, ours: boolean): Pins {
   const next: Pins = { ...pins };
   const disks = files.disksOf(file.values);
   const known = Object.values(pins.volumes ?? {}).map(files.diskName);
@@ -306,10 +316,8 @@ function described(pins: Pins, file: files.GuestFile, want: Want, ours: boolean)
   next.volumes = Object.fromEntries(
     Object.entries(disks).filter(([, volid]) => !sealed || known.includes(files.diskName(volid))),
   );
-  if (sealed) return next;
-  if (file.firewall && ours && !next.changed?.includes("firewall"))
+  if (!sealed && file.firewall && ours && !next.changed?.includes("firewall"))
     next.changed = [...(next.changed ?? []), "firewall"];
-  if (next.adopted || isSettled(want, next, file)) next.settings = settingsOf(file);
   return next;
 }
 
@@ -362,10 +370,14 @@ function isMadeOf(file: files.GuestFile, volids: readonly string[]): boolean {
 const isOf = (volid: string, pinned: Pinned | undefined) =>
   Object.values(pinned?.volumes ?? {}).some((v) => files.diskName(v) === files.diskName(volid));
 
+const BASES = ["dir", "nfs", "cifs", "btrfs", "lvmthin", "zfspool", "rbd"];
+
 interface Volumes {
   /** Those of ours that exist, as they are called now. */
   ours: string[];
   clonesOf(volid: string): string[];
+  /** Whether the storage tells a template's disk from a guest's: one that makes linked clones of it. */
+  hasBases(volid: string): boolean;
   /** What these give back when they go; of a thin storage that does not tell, `bytes`. */
   freedBy(volids: readonly string[], bytes: number): ReadonlyMap<string, number>;
   /** Storages that do not answer. */
@@ -377,7 +389,8 @@ interface Volumes {
 async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[], host: Host): Promise<Volumes> {
   const wanted = [...guests.flatMap((guest) => Object.values(guest?.volumes ?? {})), ...more];
   const storages = [...new Set(wanted.map(files.storageOf))];
-  if (storages.length === 0) return { ours: [], clonesOf: () => [], freedBy: () => new Map(), unknown: [], unseen: [] };
+  if (storages.length === 0)
+    return { ours: [], clonesOf: () => [], hasBases: () => false, freedBy: () => new Map(), unknown: [], unseen: [] };
   const unknown: string[] = [];
   const settings = await host.ask(pve.storages);
   const listed = await Promise.all(
@@ -404,6 +417,8 @@ async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[]
       const linked = rows.filter((row) => row.volid.startsWith(`${volid}/`)).map((row) => row.volid);
       return [...inThin, ...linked];
     },
+    hasBases: (volid) =>
+      settings.some(({ storage, type }) => storage === files.storageOf(volid) && BASES.includes(type)),
     freedBy: (volids, bytes) =>
       new Map(
         settings
@@ -422,6 +437,8 @@ async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[]
   };
 }
 
+const isBase = (volid: string) => /(?:^|[:/])base-\d+-[^/]*$/.test(volid);
+
 function mineOf(file: files.GuestFile, pinned: Pinned, volumes: Volumes): Mine {
   const disks = Object.values(files.disksOf(file.values));
   const clones = disks.flatMap((volid) => volumes.clonesOf(volid));
@@ -436,6 +453,11 @@ function mineOf(file: files.GuestFile, pinned: Pinned, volumes: Volumes): Mine {
     clones: [...new Set(ids)].filter((id) => id !== String(file.vmid)).sort(),
     unknown: volumes.unknown.filter((storage) => disks.some((volid) => files.storageOf(volid) === storage)),
     missing: known.filter((volid) => !there.has(files.diskName(volid))),
+    unconverted: Object.entries(files.disksOf(file.values))
+      .filter(
+        ([key, volid]) => files.isTemplate(file) && !/^unused/.test(key) && !isBase(volid) && volumes.hasBases(volid),
+      )
+      .map(([key]) => key),
     frees: volumes.freedBy(disks, pinned.bytes ?? 0),
   };
 }

@@ -383,6 +383,7 @@ const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): 
   clones,
   unknown: [],
   missing: [],
+  unconverted: [],
   frees: new Map(),
 });
 
