@@ -91,12 +91,16 @@ function unitOf({ kind, identity }: Line): string {
   return `vmbackup-${kind}-${identity.replace(/[^A-Za-z0-9_.-]/g, "_").slice(0, 80)}-${randomBytes(4).toString("hex")}`;
 }
 
-// The tool does not inherit the lock, or a helper that it leaves behind would hold it for ever.
+// The tool does not inherit the lock, or a helper that it leaves behind would hold it for ever. Its words are written out as they
+// come: after a power cut they are all that tells what it had made.
 const RUN = `base=$1; shift
 exec 8>>"$base.log"; flock 8 || exit 70
 begun=$(date +%s)
+while sleep 2; do sync "$base.log"; done >/dev/null 2>&1 </dev/null 8>&- &
+keeper=$!
 "$@" >>"$base.log" 2>&1 </dev/null 8>&-
 code=$?
+kill "$keeper"
 printf '%s %s\\n' "$code" "$(($(date +%s) - begun))" >"$base.exit.new" && sync "$base.log" "$base.exit.new" && mv "$base.exit.new" "$base.exit" && sync "\${base%/*}"
 exit "$code"`;
 

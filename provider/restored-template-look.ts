@@ -204,9 +204,12 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
       guests,
       host,
     );
-  have.verified = reading && job.state === "ok" && have.pins?.archive === pins?.archive;
+  have.verified = reading && job.state === "ok" && have.pins?.archive === pins?.archive && isFresh(line);
   return have;
 }
+
+/** An archive that was read long ago may have been damaged since. */
+const isFresh = (line: Line<Pins>) => Date.now() - Date.parse(line.job?.startedAt ?? "") < 24 * 3600_000;
 
 /** Whether something has to be restored, and what. The result is in `have`: the new pins, or why not. */
 async function chooseNext(
@@ -276,6 +279,7 @@ async function chooseNext(
       old: before === undefined ? undefined : guestBefore,
     };
     if (mine !== undefined) Object.assign(have, { old: mine, mine: undefined });
+    if (target !== vmId) have.stranger = undefined; // another id: whoever has that one may keep it
   } catch (error) {
     if (!(error instanceof Refused || error instanceof Conflict || error instanceof CommandFailed)) throw error;
     have.refused = error;
@@ -361,10 +365,11 @@ export function isPlaceholder({ raw }: files.GuestFile): boolean {
 
 const namesOf = (file: files.GuestFile) => Object.values(files.disksOf(file.values)).map(files.diskName);
 
-/** Whether a guest is the one that a job made. */
+/** Whether a guest is the one that a job made: one without disks has none of anybody's. */
 function isMadeOf(file: files.GuestFile, volids: readonly string[]): boolean {
   const names = namesOf(file);
-  return !isPlaceholder(file) && volids.every((volid) => names.includes(files.diskName(volid)));
+  if (isPlaceholder(file) || (volids.length === 0 && names.length > 0)) return false;
+  return volids.every((volid) => names.includes(files.diskName(volid)));
 }
 
 const isOf = (volid: string, pinned: Pinned | undefined) =>

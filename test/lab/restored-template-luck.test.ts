@@ -287,6 +287,37 @@ describe("a change to another archive", () => {
     expect(await stack.preview(mine({ vmId: range }))).toBe("same");
   });
 
+  it("with a range whose next id somebody takes meanwhile: the one after it, also in a later run", async () => {
+    const range = { lower: 16401, upper: 16409 };
+    const stack = stackFor();
+    await stack.up(mine({ vmId: range }));
+    await order("qmrestore.start", "once\nrun qm create 16402 --name other --memory 64\n");
+    const to = mine({ vmId: range, from: { archive: B } });
+    await expect(stack.up(to)).rejects.toThrow(/16402 already exists/);
+    expect(await conf(16401)).toMatch(/name: db101/);
+    await stack.up(to);
+    expect(outputs(stack).guestId).toBe(16403);
+    expect(await conf(16402)).toMatch(/name: other/);
+    expect(await conf(16401)).toBeUndefined();
+    expect(await stack.preview(to)).toBe("same");
+    await node.ssh("qm destroy 16402");
+  });
+
+  it("in place, a reading of long ago does not count", async () => {
+    const stack = stackFor();
+    await stack.up(mine());
+    hooks.afterStep = (_line, { shown = [] }) => {
+      if (shown[0] === "vma") throw new Error("killed");
+    };
+    await expect(stack.up(mine({ from: { archive: B } }))).rejects.toThrow("killed");
+    delete hooks.afterStep;
+    await until(async () => (await unit()) === "");
+    const ledger = `/var/lib/pulumi-vmbackup/RestoredTemplate/${id}.json`;
+    await node.ssh(`sed -i -E 's/"startedAt":"2026-/"startedAt":"2025-/' ${ledger}`);
+    expect(await steps(() => stack.up(mine({ from: { archive: B } })))).toContain("vma verify");
+    expect(await conf(id)).toMatch(/name: db102/);
+  });
+
   it("never takes an adopted guest away, unless the program says so", async () => {
     const stack = stackFor();
     await node.ssh(`qm create ${id} --name theirs --memory 64 --scsi0 local:0.01 && qm template ${id}`);

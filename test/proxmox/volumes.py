@@ -332,7 +332,7 @@ def _rmdir_quietly(path: str) -> None:
 def is_base_in_use(config: StorageConfig, volid: str) -> bool:
     """Does any image on the storage have this base image as its parent?"""
     ident, volname = parse_volume_id(volid)
-    if config.get(ident)["type"] == "lvmthin":
+    if config.get(ident)["type"] in thin.TYPES:
         return False   # only LVM knows the clones of a thin volume: Proxmox lets their base go
     volume = parse_volname(volname)
     if not volume.is_base:
