@@ -241,11 +241,8 @@ export class Engine {
     const before = split(migrated(this.#definition, olds)).hidden;
     const { inputs, hidden } = split(news);
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.update);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, before.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, found, line } = await this.#open(id, want, before);
     this.#mine(id, line, before);
     const task: Task<Fields, unknown> = {
       host,
@@ -280,11 +277,9 @@ export class Engine {
     const want: Fields = isGet
       ? { host: inputs.host, ...this.#definition.fromId(id) }
       : declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
-    const found = await memory(host);
-    if (!isGet) checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id) ?? (isGet ? undefined : this.#lineFrom(id, hidden));
-    const have = await this.#definition.observe(want, line, host, false);
+    const { host, found, line } = await this.#open(id, want, hidden);
+    const known = line ?? this.#lineFrom(id, hidden);
+    const have = await this.#definition.observe(want, isGet ? line : known, host, false);
     if (!have.exists && have.lost === undefined) {
       if (!isGet) return { props: {} };
       throw new Refused({
@@ -292,7 +287,6 @@ export class Engine {
         next: "`.get` looks at something that is there: check the id and the host, or create it.",
       });
     }
-    const known = line ?? this.#lineFrom(id, hidden);
     if (have.pins !== undefined) known.pins = have.pins;
     const foundInputs = this.#definition.asFound(want, have, known);
     const props = this.#outputs(foundInputs, hidden, have, known, found);
@@ -306,11 +300,8 @@ export class Engine {
     const { inputs, hidden } = split(state);
     if (hidden.__v === undefined) return; // read by `.get`: never ours
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.delete);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, line } = await this.#open(id, want, hidden);
     if (line === undefined || line.owner !== hidden.__owner || line.incarnation !== hidden.__incarnation) {
       const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, false);
       if (have.exists) {
@@ -340,6 +331,18 @@ export class Engine {
     }
     await forgetJob(host, line);
     await forget(host, line);
+  }
+
+  /** What the ledger of the host says of the object, once it is known to be the machine that the state was made on. */
+  async #open(
+    id: string,
+    want: Fields,
+    before: Hidden,
+  ): Promise<{ host: Host; found: Memory; line: Line | undefined }> {
+    const host = this.#connect(want.host);
+    const found = await memory(host);
+    checkMachine(this.#definition.kind, id, before.__machine, found, host);
+    return { host, found, line: lineOf(found, this.#definition.kind, id) };
   }
 
   // ---------------------------------------------------------------- the loop

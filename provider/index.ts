@@ -155,29 +155,16 @@ export class NfsDumpStorage extends HostResource {
   readonly #hasContentDirs: boolean;
 
   constructor(name: string, args: NfsDumpStorageArgs, opts?: pulumi.CustomResourceOptions) {
-    const isGet = opts?.id !== undefined;
-    const declared = isGet
-      ? {
-          ...args,
-          ...unread([
-            "storageId",
-            "server",
-            "export",
-            "path",
-            "content",
-            "contentDirs",
-            "retention",
-            "options",
-            "nodes",
-          ]),
-        }
-      : {
-          ...args,
-          path: args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`,
-          ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }),
-        };
-    super("NfsDumpStorage", name, declared, ["status"], [args.storageId], opts);
-    this.#hasContentDirs = isGet || args.contentDirs !== undefined;
+    const path = args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`;
+    const read = ["storageId", "server", "export", "path", "content", "contentDirs", "retention", "options", "nodes"];
+    super(
+      "NfsDumpStorage",
+      name,
+      { ...args, path, ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }) },
+      { outputs: ["status"], read, identity: [args.storageId] },
+      opts,
+    );
+    this.#hasContentDirs = opts?.id !== undefined || args.contentDirs !== undefined;
   }
 
   /** Reads an existing storage, also one that is not ours. id: the storage id. Throws when there is none. */
@@ -234,8 +221,8 @@ export class VmIdRange extends HostResource {
   constructor(name: string, args: VmIdRangeArgs, opts?: pulumi.CustomResourceOptions) {
     const isGet = opts?.id !== undefined;
     if (!isGet) checkRange(name, args);
-    const declared = isGet ? { ...args, ...unread(["lower", "upper"]) } : { ...args };
-    super("VmIdRange", name, declared, ["status"], [isGet ? undefined : `${args.lower}-${args.upper}`], opts);
+    const identity = [`${args.lower}-${args.upper}`];
+    super("VmIdRange", name, { ...args }, { outputs: ["status"], read: ["lower", "upper"], identity }, opts);
     if (!isGet) plainly.set(this, { name, lower: args.lower, upper: args.upper });
   }
 
@@ -428,11 +415,9 @@ export class BackupSchedule extends HostResource {
   declare readonly status: Output<BackupStatus>;
 
   constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
-    const named =
-      opts?.id === undefined
-        ? { ...args, name: args.name ?? name }
-        : { ...args, ...unread(["name", "schedule", "enabled", "storage"]) };
-    super("BackupSchedule", name, { enabled: undefined, ...named }, ["status"], [named.name], opts);
+    const named = { enabled: undefined, ...args, name: args.name ?? name };
+    const read = ["name", "schedule", "enabled", "storage"];
+    super("BackupSchedule", name, named, { outputs: ["status"], read, identity: [named.name] }, opts);
     const enabled = this.enabled.apply((declared: boolean | undefined) => declared ?? true);
     Object.defineProperty(this, "enabled", { value: enabled });
   }
@@ -518,11 +503,10 @@ export class LvSnapshot extends HostResource {
   }>;
 
   constructor(name: string, args: LvSnapshotArgs, opts?: pulumi.CustomResourceOptions) {
-    const named =
-      opts?.id === undefined
-        ? { ...args, name: args.name ?? name }
-        : { ...args, ...unread(["volumeGroup", "origin", "name"]) };
-    super("LvSnapshot", name, named, ["uuid", "takenAt", "status"], [args.volumeGroup, named.name], opts);
+    const named = { ...args, name: args.name ?? name };
+    const identity = [args.volumeGroup, named.name];
+    const read = ["volumeGroup", "origin", "name"];
+    super("LvSnapshot", name, named, { outputs: ["uuid", "takenAt", "status"], read, identity }, opts);
   }
 
   /** Reads an existing snapshot, also one that is not ours. id: `vg/snapshot`. Throws when there is none. */
@@ -684,8 +668,7 @@ export class RestoredTemplate extends HostResource {
       "RestoredTemplate",
       name,
       { name: undefined, ...args, vmId: range ?? id },
-      outputs,
-      [typeof id === "number" ? String(id) : undefined],
+      { outputs, read: ["name", "vmId"], identity: [typeof id === "number" ? String(id) : undefined] },
       // Only a given id makes a new guest collide with the old one: of a range another one is taken.
       range === undefined ? opts : { deleteBeforeReplace: false, ...opts },
     );
@@ -717,9 +700,4 @@ function rangeOf(vmId: RestoredTemplateArgs["vmId"]): VmIds | undefined {
   if (typeof vmId !== "object" || vmId === null || pulumi.Output.isInstance(vmId) || vmId instanceof Promise)
     return undefined;
   return "lower" in vmId ? { lower: vmId.lower, upper: vmId.upper } : undefined;
-}
-
-/** Inputs that `.get` learns by reading: registered without a value, so that they become outputs. */
-function unread(fields: readonly string[]): Record<string, undefined> {
-  return Object.fromEntries(fields.map((field) => [field, undefined]));
 }
