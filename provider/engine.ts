@@ -19,6 +19,8 @@ export interface Step extends Command {
   last?: true;
   /** Long work: a unit on the host that outlives the connection, joined by whoever plans the same; then observe. */
   job?: true;
+  /** Something was removed for it: when it fails it is Unfinished. */
+  halfway?: true;
 }
 
 /** A rule over several inputs, run by check as soon as all of them are known and valid. */
@@ -68,6 +70,8 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
   plan(want: W, have: H, line: Line<P>): Step[];
   /** The steps that remove what is ours; [] = nothing of ours is there. Pure. Throws Refused. */
   remove(have: H, line: Line<P>): Step[];
+  /** What a removal has left on purpose: told to whoever asked for it. */
+  left?(have: H, line: Line<P>): string | undefined;
   /** Outputs besides the inputs: facts at top level, and what moves by itself in `status`. */
   facts(want: W, have: H, line: Line<P>): Fields;
   /** The declared inputs as the host has them: where they differ, the program drifted. */
@@ -316,7 +320,11 @@ export class Engine {
     for (;;) {
       const have = await this.#definition.observe(want, line, host, false);
       const steps = this.#definition.remove(have, line);
-      if (steps.length === 0) break;
+      if (steps.length === 0) {
+        const left = this.#definition.left?.(have, line);
+        if (left !== undefined) console.log(`${this.#definition.kind} ${id} on ${host.name}: ${left}`);
+        break;
+      }
       last = this.#progress(id, last, steps, host);
       for (const step of steps) {
         const timed = inTime(step, deadline, this.#definition.kind, id);

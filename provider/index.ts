@@ -535,7 +535,8 @@ interface RestoreCommon extends OnHost {
   name?: Input<string> | undefined;
   /** Make it a template (default), or leave it a stopped guest. */
   template?: Input<boolean> | undefined;
-  /** Check the archive before anything is written, and the volumes afterwards. Default true. */
+  /** Check the archive before anything is written, and the volumes afterwards. Default true. On Proxmox VE its size, head and
+   *  configuration are always looked at; it is read to its end only before a guest is removed for it, as reading takes as long as restoring. */
   verify?: Input<boolean> | undefined;
   /** What destroy does. Default `destroy` for a template restored here, `keep` for `template: false` and for what was adopted.
    *  Destroy refuses while the guest runs or has clones. */
@@ -633,6 +634,10 @@ export type RestoredTemplateArgs = ProxmoxRestoreArgs | LibvirtRestoreArgs;
  * - The copy does not wake up as a twin: no start at boot, no devices of the host, no firewall rules (`status.changed`).
  * - Refused before anything is made: an archive that does not exist, is empty, unreadable or a container's; dumps of two guests
  *   under one id; a storage without images or room; an id that is not free.
+ * - Room: thick storages (LVM, ZFS that is not sparse, preallocation) need the whole size of the disks, others the data. How much data
+ *   a compressed archive holds is not known before it is read: then its own size is the least, and a warning says so.
+ * - An id out of a range is written down on the export whose store claims it (`vmIds`), and not given out again.
+ * - What was adopted is never removed for another `from`, unless `onDelete: "destroy"` is declared.
  * - Destroy refuses while the guest has linked clones, runs, is locked, protected, managed by HA, has snapshots, or is no longer
  *   what was restored.
  */
