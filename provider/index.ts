@@ -426,14 +426,18 @@ export class BackupSchedule extends HostResource {
   declare readonly enabled: Output<boolean>;
   /** As seen by the last up or refresh. `lastRun`: of the schedule itself, not of "Run now". */
   declare readonly status: Output<BackupStatus>;
+  /** What the job has: an adopted one keeps it, as long as `enabled` is not declared. */
+  declare private readonly isEnabled: Output<boolean | undefined>;
 
   constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
     const named =
       opts?.id === undefined
         ? { ...args, name: args.name ?? name }
         : { ...args, ...unread(["name", "schedule", "enabled", "storage"]) };
-    super("BackupSchedule", name, { enabled: undefined, ...named }, ["status"], [named.name], opts);
-    const enabled = this.enabled.apply((declared: boolean | undefined) => declared ?? true);
+    super("BackupSchedule", name, { enabled: undefined, ...named }, ["status", "isEnabled"], [named.name], opts);
+    const enabled = this.enabled.apply(
+      (declared: boolean | undefined) => declared ?? this.isEnabled.apply((found) => found ?? true),
+    );
     Object.defineProperty(this, "enabled", { value: enabled });
   }
 

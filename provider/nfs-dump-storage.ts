@@ -37,7 +37,6 @@ import {
 } from "./nfs-export.js";
 import {
   properties,
-  pvesh,
   type Section,
   type StorageState,
   sectionHash,
@@ -45,6 +44,7 @@ import {
   setOf,
   storageStates,
   WRITE_SECONDS,
+  wouldPrune,
 } from "./pve.js";
 
 /** What was seen once, or must survive a removal and re-adding in between. */
@@ -178,21 +178,6 @@ function fleecing(text: string | undefined): string | undefined {
   return text === undefined ? undefined : properties(text, "enabled").storage;
 }
 
-/** Which of these backups a retention would remove now. */
-function wouldPrune(storageId: string, retention: string): Report<string[]> {
-  return {
-    ...pvesh(
-      "see what the retention would remove",
-      `/nodes/localhost/storage/${storageId}/prunebackups`,
-      z
-        .array(z.object({ volid: z.string(), mark: z.string() }))
-        .transform((rows) => rows.filter(({ mark }) => mark === "remove").map(({ volid }) => volid)),
-      "--prune-backups",
-      retention,
-    ),
-  };
-}
-
 // ---------------------------------------------------------------- observe
 
 interface Have extends Observed<Pins> {
@@ -285,7 +270,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
     users: usersOf(id, path, seen),
     pruned:
       adopting && state?.active && want.retention !== undefined
-        ? await host.ask(wouldPrune(id, declared(want).retention ?? ""))
+        ? (await host.ask(wouldPrune(id, declared(want).retention ?? ""))).map(({ volid }) => volid)
         : [],
   };
 }

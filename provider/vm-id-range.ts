@@ -3,7 +3,7 @@
 //
 // Also here: what counts as a free id, for whoever takes one.
 import * as z from "zod";
-import type { Definition, Observed, Step } from "./engine.js";
+import type { Definition, Observed, Purpose, Step } from "./engine.js";
 import { CommandFailed, Conflict, Refused } from "./errors.js";
 import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
@@ -62,17 +62,12 @@ interface Have extends Observed<Pins> {
   clustered: boolean;
   /** Other VmIdRanges of this node, by their owner. */
   others: (Pins & { owner: string })[];
-  /** Not asked between the steps of a change. */
+  /** Asked when it is told: of what is settled, and by a read. */
   status?: { guests: pve.Guest[]; taken: Taken };
 }
 
-async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
-  const [options, { node, clustered }, { lines }] = await Promise.all([
-    host.ask(pve.datacenter),
-    host.ask(pve.cluster),
-    memory(host),
-  ]);
-  const nextId = options["next-id"];
+async function observe(want: Want, line: Line<Pins> | undefined, host: Host, purpose?: Purpose): Promise<Have> {
+  const [{ node, clustered, nextId }, { lines }] = await Promise.all([host.ask(pve.datacenter), memory(host)]);
   const identity = line?.identity ?? text(want);
   const others = lines.filter((l) => l.kind === "VmIdRange" && l.identity !== identity && l.pins !== undefined);
   const have: Have = {
@@ -83,7 +78,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
     others: others.map((l) => ({ ...(l.pins as Pins), owner: l.owner })),
     pins: pinsOf(want, line, nextId),
   };
-  if (line?.finished || changes(want, have, have.pins).length === 0) {
+  if (purpose === "plan" ? changes(want, have, have.pins).length === 0 : purpose === "tell") {
     const [guests, taken] = await Promise.all([host.ask(pve.guests), idsTaken(host)]);
     have.status = { guests, taken };
   }
@@ -239,10 +234,7 @@ export interface Taken {
  * it, the ids that were used before (the claim on the shared store remembers them).
  */
 export async function idsTaken(host: Host, recorded: Iterable<number> = []): Promise<Taken> {
-  const [guests, states, used] = await Promise.all([host.ask(pve.guests), host.ask(pve.storageStates), idsUsed(host)]);
-  const asked = states.filter(
-    ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
-  );
+  const [guests, used, asked] = await Promise.all([host.ask(pve.guests), idsUsed(host), askStorages(host)]);
   const unknown = asked.filter(({ active }) => !active).map(({ storage }) => storage);
   const volumes = await Promise.all(
     asked
@@ -264,6 +256,17 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
   for (const { vmid, type, node } of guests)
     ids.set(vmid, `${type === "lxc" ? "a container" : "a guest"} on ${node} has it`);
   return { ids, unknown };
+}
+
+/** Those that may hold volumes or dumps. */
+async function askStorages(host: Host): Promise<pve.StorageState[]> {
+  const states = async () =>
+    (await host.ask(pve.storageStates)).filter(
+      ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
+    );
+  const first = await states();
+  // The question mounts what is not mounted, and does not see it yet.
+  return first.every(({ active }) => active) ? first : await states();
 }
 
 /** The lowest free id of a range. */
