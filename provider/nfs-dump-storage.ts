@@ -42,6 +42,7 @@ import {
   sectionHash,
   sections,
   setOf,
+  settledStates,
   storageStates,
   WRITE_SECONDS,
   wouldPrune,
@@ -322,7 +323,7 @@ async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): P
 
 /** The ids that the registries on the node's exports know as used: whoever gives one away again hands on a dead guest's dumps. */
 export async function idsUsed(host: Host): Promise<number[]> {
-  const states = await host.ask(storageStates);
+  const states = await settledStates(host);
   const on = await mountsLookedAt(states, await host.ask(look), host);
   return [...new Set([...on.values()].flatMap(({ used }) => used))];
 }

@@ -2,7 +2,7 @@
 // numbers are often text, lists are sets in random order), and writing under its locks.
 import { createHash } from "node:crypto";
 import * as z from "zod";
-import type { Argv, Report } from "./host.js";
+import type { Argv, Host, Report } from "./host.js";
 
 // ---------------------------------------------------------------- values as Proxmox prints them
 
@@ -192,6 +192,12 @@ export const storageStates: Report<StorageState[]> = pvesh(
   "/nodes/localhost/storage",
   z.array(storageState),
 );
+
+/** The states, asked again when something that is enabled is not active: the first question mounts it and does not see it yet. */
+export async function settledStates(host: Host): Promise<StorageState[]> {
+  const states = await host.ask(storageStates);
+  return states.some(({ enabled, active }) => enabled && !active) ? await host.ask(storageStates) : states;
+}
 
 const volume = z.object({
   volid: z.string(),

@@ -234,7 +234,10 @@ export interface Taken {
  * it, the ids that were used before (the claim on the shared store remembers them).
  */
 export async function idsTaken(host: Host, recorded: Iterable<number> = []): Promise<Taken> {
-  const [guests, used, asked] = await Promise.all([host.ask(pve.guests), idsUsed(host), askStorages(host)]);
+  const [guests, used, states] = await Promise.all([host.ask(pve.guests), idsUsed(host), pve.settledStates(host)]);
+  const asked = states.filter(
+    ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
+  );
   const unknown = asked.filter(({ active }) => !active).map(({ storage }) => storage);
   const volumes = await Promise.all(
     asked
@@ -256,17 +259,6 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
   for (const { vmid, type, node } of guests)
     ids.set(vmid, `${type === "lxc" ? "a container" : "a guest"} on ${node} has it`);
   return { ids, unknown };
-}
-
-/** Those that may hold volumes or dumps. */
-async function askStorages(host: Host): Promise<pve.StorageState[]> {
-  const states = async () =>
-    (await host.ask(pve.storageStates)).filter(
-      ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
-    );
-  const first = await states();
-  // The question mounts what is not mounted, and does not see it yet.
-  return first.every(({ active }) => active) ? first : await states();
 }
 
 /** The lowest free id of a range. */

@@ -179,13 +179,14 @@ describe("VmIdRange on a node", () => {
     }
   });
 
-  it("sees the dumps of a storage that is not mounted yet", async () => {
+  it("sees the dumps and the used ids of a storage that is not mounted yet", async () => {
     await node.ssh(
-      "set -e; mkdir -p /srv/nfs/nas/dump; pvesm add nfs dumps --server nas --export /dump --content backup; touch /mnt/pve/dumps/dump/vzdump-qemu-14001-2026_01_01-00_00_00.vma; umount /mnt/pve/dumps",
+      "set -e; mkdir -p /srv/nfs/nas/dump; pvesm add nfs dumps --server nas --export /dump --content backup; touch /mnt/pve/dumps/dump/vzdump-qemu-14001-2026_01_01-00_00_00.vma; mkdir /mnt/pve/dumps/.pulumi-vmbackup; cd /mnt/pve/dumps/.pulumi-vmbackup; cat /proc/sys/kernel/random/uuid >uuid; echo 'used 14002 .' >claims; cd /; umount /mnt/pve/dumps",
     );
     try {
       const taken = await idsTaken(connect(node.connection));
       expect(taken.ids.get(14001)).toContain("dumps:backup/vzdump-qemu-14001");
+      expect(taken.ids.get(14002)).toBe("was used before");
       expect(taken.unknown).toEqual([]);
     } finally {
       await node.ssh("pvesm remove dumps; umount /mnt/pve/dumps; rm -rf /srv/nfs/nas");
