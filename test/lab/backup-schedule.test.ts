@@ -120,9 +120,20 @@ describe("BackupSchedule on a node", () => {
       all: 1,
       comment: "every night [pulumi-vmbackup organization/laws/prod/BackupSchedule/nightly]",
     });
-    const next = Date.parse(status(stack).nextRun ?? "");
-    expect(next).toBeGreaterThan(Date.now());
-    expect(next).toBeLessThan(Date.now() + 25 * 3600_000);
+    // The node's own answer, in its own zone: 02:30 in Tokyo is 17:30 UTC
+    await node.ssh("ln -sf /usr/share/zoneinfo/Asia/Tokyo /etc/localtime");
+    try {
+      await stack.refresh();
+      const jobs = (await node.ssh("pvesh get /cluster/backup --output-format json")).stdout;
+      const { "next-run": next } = (JSON.parse(jobs) as { id: string; "next-run": number }[]).find(
+        ({ id }) => id === "nightly",
+      ) ?? { "next-run": 0 };
+      expect(status(stack).nextRun).toBe(new Date(next * 1000).toISOString());
+      expect(status(stack).nextRun).toMatch(/T17:30:00.000Z$/);
+      expect(next * 1000).toBeGreaterThan(Date.now());
+    } finally {
+      await node.ssh("ln -sf /usr/share/zoneinfo/Etc/UTC /etc/localtime");
+    }
     expect(status(stack)).toMatchObject({ covered: 1, stalest: { guest: "101 (db1)" } });
     expect(status(stack).uncovered).toEqual([{ guest: "102 (db2) scsi1", reason: "backup=no" }]);
     expect(status(stack).lastRun).toBeUndefined();
