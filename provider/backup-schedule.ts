@@ -353,6 +353,7 @@ interface NodeFacts {
   name: string;
   nodes: string[];
   storages: pve.Storage[];
+  /** Asked for where the program names some. */
   guests: pve.Guest[];
   pools: string[];
   /** Asked at adoption only: the backups that the declared retention would remove at the job's next run. */
@@ -386,7 +387,7 @@ async function askNode(want: Want, host: Host): Promise<NodeFacts> {
     host.ask(pve.datacenter),
     want.vzdump?.node === undefined ? [] : host.ask(pve.nodes),
     host.ask(pve.storages),
-    host.ask(pve.guests),
+    Array.isArray(want.guests) ? host.ask(pve.guests) : [],
     selectsPool ? host.ask(pve.pools) : [],
   ]);
   return { name, nodes: nodes.length === 0 ? [name] : nodes, storages, guests, pools, pruned: [] };
@@ -402,8 +403,11 @@ async function askPruned(want: Want, job: pve.BackupJob, node: NodeFacts, host: 
     if (Array.isArray(selected)) return selected.includes(vmid);
     return "pool" in selected ? pool === selected.pool : !selected.allExcept.includes(vmid);
   };
-  const ids = node.guests.filter(isFor).map(({ vmid }) => vmid);
-  const doomed = await host.ask(pve.wouldPrune(want.storage, pve.pruneBackups(want.retention)));
+  const [guests, doomed] = await Promise.all([
+    host.ask(pve.guests),
+    host.ask(pve.wouldPrune(want.storage, pve.pruneBackups(want.retention))),
+  ]);
+  const ids = guests.filter(isFor).map(({ vmid }) => vmid);
   return doomed.filter(({ vmid }) => vmid === undefined || ids.includes(vmid)).map(({ volid }) => volid);
 }
 

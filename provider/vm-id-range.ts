@@ -44,13 +44,37 @@ const toProxmox = ({ lower, upper }: Range): Required<NextId> => ({ lower, upper
 const isRange = (found: NextId | undefined, range: Range) =>
   found?.lower === range.lower && found.upper === range.upper + 1;
 
-function setNextId(why: string, value: NextId | null): Step {
-  const change =
-    value === null
-      ? ["--delete", "next-id"]
-      : ["--next-id", pve.propertyString({ lower: value.lower, upper: value.upper })];
+// Proxmox replaces the range whatever it is by now, and two runs may have planned at once: of those the second is told of the first.
+const SET = `${pve.WRITER}
+unchanged() {
+  seen=$1; shift
+  now=$(sed -n 's/^next-id: *//p' /etc/pve/datacenter.cfg 2>/dev/null | tr -s ', ' '\\n\\n' | LC_ALL=C sort | tr '\\n' ' ')
+  [ "$now" = "$seen" ] || {
+    echo "the next-id range was changed since it was looked at, and was left as it is now: \${now:-none}" >&2
+    sed -n 's/.*"identity":"\\([^"]*\\)","owner":"\\([^"]*\\)".*/\\1 is declared by \\2/p' /var/lib/pulumi-vmbackup/VmIdRange/*.json >&2
+    return 75
+  }
+  "$@"
+}
+writer datacenter.cfg unchanged "$@"`;
+
+const words = ({ lower, upper }: NextId) => pve.propertyString({ lower, upper });
+
+function setNextId(why: string, value: NextId | null, found: NextId | undefined): Step {
+  const change = value === null ? ["--delete", "next-id"] : ["--next-id", words(value)];
   const argv = ["pvesh", "set", "/cluster/options", ...change] as const;
-  return { why, argv: pve.writing("datacenter.cfg", argv), timeout: pve.WRITE_SECONDS, look: true };
+  const seen = words(found ?? {})
+    .split(",")
+    .flatMap((word) => (word === "" ? [] : [`${word} `]))
+    .join("");
+  return {
+    why,
+    argv: ["sh", "-c", SET, "set-next-id", seen, ...argv],
+    shown: argv,
+    timeout: pve.WRITE_SECONDS,
+    next: "Run pulumi again: it looks first.",
+    look: true,
+  };
 }
 
 // ---------------------------------------------------------------- observe
@@ -125,7 +149,7 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
 function changes(want: Want, have: Have, pins: Pins | undefined): Step[] {
   if (!isEnforced(want)) return putBack(have, pins);
   if (isRange(have.nextId, want)) return [];
-  return [setNextId(`set the next-id range of ${have.node} to ${text(want)}`, toProxmox(want))];
+  return [setNextId(`set the next-id range of ${have.node} to ${text(want)}`, toProxmox(want), have.nextId)];
 }
 
 function refuseOthers(want: Want, have: Have): void {
@@ -151,7 +175,7 @@ function putBack(have: Have, pins: Pins | undefined): Step[] {
     before === null
       ? `take the next-id range ${text(ours)} off ${have.node}`
       : `put back the next-id range of ${have.node} that was there before ${text(ours)}`;
-  return [setNextId(why, before)];
+  return [setNextId(why, before, have.nextId)];
 }
 
 function remove(have: Have, { pins }: Line<Pins>): Step[] {
