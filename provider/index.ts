@@ -404,7 +404,9 @@ export interface BackupStatus {
  *   refused with the cure: `"22"` (a minute, every hour), `"25:00"`, `"8:00,12:00"`, a date that never comes.
  * - The comment of the job ends with a mark that names its owner.
  * - Refused before anything is changed: a storage that does not exist, is disabled or takes no backups; guests, a pool or a node
- *   that do not exist. Refused in preview: a guest that is listed twice, `protected` with a retention.
+ *   that do not exist, a date that has passed. Refused in preview: a guest that is listed twice, `protected` with a retention.
+ * - `adopt` takes over what is declared, option by option of `vzdump`; the rest of the job stays. A retention whose next run would
+ *   remove backups is refused with their list: adopt the job first, and declare it afterwards.
  * - Backups stay when the schedule goes.
  */
 export class BackupSchedule extends HostResource {
@@ -413,12 +415,16 @@ export class BackupSchedule extends HostResource {
   declare readonly enabled: Output<boolean>;
   /** As seen by the last up or refresh. `lastRun`: of the schedule itself, not of "Run now". */
   declare readonly status: Output<BackupStatus>;
+  /** What the job has: an adopted one keeps it, as long as `enabled` is not declared. */
+  declare private readonly isEnabled: Output<boolean | undefined>;
 
   constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
     const named = { enabled: undefined, ...args, name: args.name ?? name };
     const read = ["name", "schedule", "enabled", "storage"];
-    super("BackupSchedule", name, named, { outputs: ["status"], read, identity: [named.name] }, opts);
-    const enabled = this.enabled.apply((declared: boolean | undefined) => declared ?? true);
+    super("BackupSchedule", name, named, { outputs: ["status", "isEnabled"], read, identity: [named.name] }, opts);
+    const enabled = this.enabled.apply(
+      (declared: boolean | undefined) => declared ?? this.isEnabled.apply((found) => found ?? true),
+    );
     Object.defineProperty(this, "enabled", { value: enabled });
   }
 

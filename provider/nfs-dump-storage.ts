@@ -37,14 +37,15 @@ import {
 } from "./nfs-export.js";
 import {
   properties,
-  pvesh,
   type Section,
   type StorageState,
   sectionHash,
   sections,
   setOf,
+  settledStates,
   storageStates,
   WRITE_SECONDS,
+  wouldPrune,
 } from "./pve.js";
 
 /** What was seen once, or must survive a removal and re-adding in between. */
@@ -178,21 +179,6 @@ function fleecing(text: string | undefined): string | undefined {
   return text === undefined ? undefined : properties(text, "enabled").storage;
 }
 
-/** Which of these backups a retention would remove now. */
-function wouldPrune(storageId: string, retention: string): Report<string[]> {
-  return {
-    ...pvesh(
-      "see what the retention would remove",
-      `/nodes/localhost/storage/${storageId}/prunebackups`,
-      z
-        .array(z.object({ volid: z.string(), mark: z.string() }))
-        .transform((rows) => rows.filter(({ mark }) => mark === "remove").map(({ volid }) => volid)),
-      "--prune-backups",
-      retention,
-    ),
-  };
-}
-
 // ---------------------------------------------------------------- observe
 
 interface Have extends Observed<Pins> {
@@ -285,7 +271,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
     users: usersOf(id, path, seen),
     pruned:
       adopting && state?.active && want.retention !== undefined
-        ? await host.ask(wouldPrune(id, declared(want).retention ?? ""))
+        ? (await host.ask(wouldPrune(id, declared(want).retention ?? ""))).map(({ volid }) => volid)
         : [],
   };
 }
@@ -367,7 +353,7 @@ export function remember(vmId: number, owner: string, { path, source }: { path: 
 
 /** The ids that the registries on the node's exports know as used: whoever gives one away again hands on a dead guest's dumps. */
 export async function idsUsed(host: Host): Promise<number[]> {
-  const states = await host.ask(storageStates);
+  const states = await settledStates(host);
   const on = await mountsLookedAt(states, await host.ask(look), host);
   return [...new Set([...on.values()].flatMap(({ used }) => used))];
 }

@@ -3,7 +3,7 @@
 // What is there is known by the token that Proxmox draws for each restored guest (vmgenid): another guest of the same id is not
 // ours.
 import { createHash } from "node:crypto";
-import type { Observed } from "./engine.js";
+import type { Observed, Purpose } from "./engine.js";
 import { same } from "./engine-values.js";
 import { CommandFailed, Conflict, Refused } from "./errors.js";
 import type { Host } from "./host.js";
@@ -98,7 +98,7 @@ export interface Have extends Observed<Pins> {
   keep: boolean;
 }
 
-export async function observe(want: Want, line: Line<Pins> | undefined, host: Host, planning: boolean): Promise<Have> {
+export async function observe(want: Want, line: Line<Pins> | undefined, host: Host, purpose?: Purpose): Promise<Have> {
   const guests = await host.ask(files.guestFiles);
   const pins = line?.pins;
   const vmId = pins?.vmId ?? (typeof want.vmId === "number" ? want.vmId : Number(line?.identity));
@@ -193,7 +193,7 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
     have.unremembered = at;
     if (at.length === 0 && !unseen) next.remembered = true;
   }
-  if (planning && want.from !== undefined && want.to !== undefined)
+  if (purpose === "plan" && want.from !== undefined && want.to !== undefined)
     await chooseNext(
       want,
       { from: want.from, to: want.to },
