@@ -44,6 +44,7 @@ import {
   sections,
   setOf,
   storageStates,
+  type VmIds,
   WRITE_SECONDS,
 } from "./pve.js";
 
@@ -255,9 +256,11 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
   const values: Values = row === undefined ? {} : found(row);
 
   if (row !== undefined) {
+    // In the middle of our own work it may be disabled by us: then what counts is what it was before.
+    const wasDisabled = line?.finished || pins.source === undefined ? values.disable : pins.carried?.disable;
     pins.source = source;
     if (line?.finished) pins.proven = provenKey(source, values.options);
-    const carried = carry(row, line?.kept ?? []);
+    const carried = carry(row, line?.kept ?? [], wasDisabled);
     if (carried === undefined) delete pins.carried;
     else pins.carried = carried;
   }
@@ -280,7 +283,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
     isDeclared: row !== undefined && (await isDeclared(want, row, host)),
     on: looked,
     claim,
-    usedIds: usedIds(want, seen, looked),
+    usedIds: usedIds([want.vmIds, claim], seen, looked),
     proven: seen.proven[id],
     users: usersOf(id, path, seen),
     pruned:
@@ -347,22 +350,27 @@ function dirsOf({ values }: Section): Record<string, string> {
 }
 
 /** Options that removing and adding again would lose: those that adoption left alone, and those that we do not know. */
-function carry({ values }: Section, kept: readonly string[]): Record<string, string> | undefined {
+function carry(
+  { values }: Section,
+  kept: readonly string[],
+  wasDisabled: string | undefined,
+): Record<string, string> | undefined {
   const ours: Record<string, Field> = Object.fromEntries(FIELDS.map((field) => [OPTIONS[field], field]));
-  const fixed = ["server", "export", "path", "digest"];
+  const fixed = ["server", "export", "path", "digest", "disable"];
   const lost = Object.entries(values).filter(([key]) => {
     const field = ours[key];
     return !fixed.includes(key) && (field === undefined || kept.includes(field));
   });
+  if (wasDisabled !== undefined) lost.push(["disable", wasDisabled]);
   return lost.length === 0 ? undefined : Object.fromEntries(lost);
 }
 
-function usedIds(want: Want, seen: Look, on: OnExport | undefined): number[] {
-  const { vmIds } = want;
-  if (vmIds === undefined) return [];
-  const ids = new Set([...seen.guestIds, ...(on?.dumpedIds ?? [])]);
+/** Of the ids that are declared or claimed, those that a guest or a dump has and the registry does not know. */
+function usedIds(ours: readonly (VmIds | undefined)[], seen: Look, on: OnExport | undefined): number[] {
+  const isOurs = (id: number) => ours.some((ids) => ids !== undefined && id >= ids.lower && id <= ids.upper);
   const known = new Set(on?.used ?? []);
-  return [...ids].filter((id) => id >= vmIds.lower && id <= vmIds.upper && !known.has(id)).sort((a, b) => a - b);
+  const ids = new Set([...seen.guestIds, ...(on?.dumpedIds ?? [])]);
+  return [...ids].filter((id) => isOurs(id) && !known.has(id)).sort((a, b) => a - b);
 }
 
 function usersOf(id: string, path: string, seen: Look): Users {
@@ -415,7 +423,8 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
   const now = FIELDS.filter((field) => !sameValue(field, waits[field], have.values[field]));
   if (now.length > 0) return [set(id, have, waits, now)];
   if (settle !== undefined) return [settle];
-  if (isClaimPending(want, have, line)) return [claim(want, have, line)];
+  const learnt = want.vmIds !== undefined && have.on !== undefined && have.usedIds.length > 0;
+  if (isClaimPending(want, have, line) || learnt) return [claim(want, have, line)];
   if (want.vmIds === undefined && have.claim !== undefined && !line.kept.includes("vmIds"))
     return [release(id, have, line)];
   return [];
@@ -442,9 +451,8 @@ function wishes(want: Want, have: Have, line: Line<Pins>): Values {
 
 /** In the middle of a move the storage is disabled or gone, by us: then what counts is what was carried. */
 function keptValue(field: Field, have: Have, line: Line<Pins>): string | undefined {
-  if (have.row !== undefined && (field !== "disable" || have.isDeclared)) return have.values[field];
-  const carried = line.pins?.carried ?? {};
-  return field === "disable" ? undefined : found({ type: "nfs", id: "", values: carried, words: [] })[field];
+  if (have.row !== undefined && field !== "disable") return have.values[field];
+  return found({ type: "nfs", id: "", values: line.pins?.carried ?? {}, words: [] })[field];
 }
 
 function checkAdoption(want: Want, have: Have, line: Line<Pins>): void {
@@ -666,9 +674,11 @@ function claimStep(id: string, have: Have, words: string[], why: string): Step {
   };
 }
 
+/** Also writes down which ids were used by now. */
 function claim(want: Want, have: Have, line: Line<Pins>): Step {
   const { lower, upper } = want.vmIds ?? { lower: 0, upper: 0 };
-  const why = `claim the ids ${lower} to ${upper} on ${have.source}`;
+  const used = have.usedIds.length === 0 ? "" : ` (used: ${listed(have.usedIds.map(String))})`;
+  const why = `claim the ids ${lower} to ${upper} on ${have.source}${used}`;
   return claimStep(want.storageId, have, claimWords(want, have, line), why);
 }
 

@@ -1,6 +1,6 @@
 // NfsDumpStorage on Proxmox VE nodes (stand-ins): the laws, then bad input and bad luck. What is asserted is looked up out of band:
 // storage.cfg, the mount table, the files of the export.
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, it } from "vitest";
@@ -64,6 +64,8 @@ const inputs = (storageId: string, over: Fields = {}): Fields => ({
 });
 
 const shell = (command: string, node = pve1) => node.ssh(command, { reject: false });
+
+const byHand = (id: string, ...options: string[]) => ["pvesm", "add", "nfs", id, ...options];
 
 laws({
   kind: "NfsDumpStorage",
@@ -307,6 +309,48 @@ describe("whose is it", () => {
     expect(await look(id)).not.toContain("bwlimit"); // once declared, it goes when it is left out
   }, 600_000);
 
+  it("the same server by another name is the same server", async () => {
+    const { id, stack } = fresh();
+    await shell("grep -q alias.lab /etc/hosts || echo '10.99.0.1 skydev alias.lab' >>/etc/hosts");
+    if (!existsSync(join(servers, "alias.lab"))) symlinkSync("skydev", join(servers, "alias.lab"));
+    await pve1.ssh(byHand(id, "--server", "alias.lab", "--export", EXPORT, "--content", "backup"));
+    const before = await look(id);
+    await stack.up(inputs(id, { adopt: true }));
+    expect(await look(id)).toBe(before);
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(inputs(id))).toBe("same");
+    await stack.destroy(); // and its mount is known as ours
+    expect(await look(id)).toBeUndefined();
+    const unknown = fresh();
+    await pve1.ssh(byHand(unknown.id, "--server", "alias.lab", "--export", EXPORT, "--content", "backup"));
+    const refused = failure(unknown.stack.up(inputs(unknown.id, { server: "v4only", adopt: true })));
+    expect(await refused).toMatch(/It is alias\.lab:.*and declared is v4only:/);
+    await shell(`pvesm remove ${unknown.id}; umount /mnt/pve/${unknown.id}`);
+  });
+
+  it("a disabled storage is adopted as it is, and stays disabled when it is moved", async () => {
+    const { id, stack } = fresh();
+    await pve1.ssh(byHand(id, "--server", "skydev", "--export", EXPORT, "--content", "backup", "--disable", "1"));
+    const before = await look(id);
+    expect(before).not.toMatch(/mounted/);
+    await stack.up(inputs(id, { adopt: true }));
+    expect(await look(id)).toBe(before);
+    expect(stack.recorded?.outputs.status).toMatchObject({ active: false });
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(inputs(id))).toBe("same");
+    await stack.up(inputs(id, { export: "/mnt/data/other" }));
+    expect(await look(id)).toBe(before?.replace(EXPORT, "/mnt/data/other"));
+    await stack.up(inputs(id, { export: "/mnt/data/other", options: "vers=4.1" }));
+    expect(await look(id)).toMatch(/^disable$/m);
+    // Enabled by hand, it stays enabled: remounted, and moved.
+    await pve1.ssh(["pvesm", "set", id, "--delete", "disable"]);
+    await stack.up(inputs(id, { export: "/mnt/data/other", options: "vers=4.2" }));
+    expect(await look(id)).not.toMatch(/^disable$/m);
+    await stack.up(inputs(id, { options: "vers=4.2" }));
+    expect(await look(id)).not.toMatch(/^disable$/m);
+    expect(await look(id)).toMatch(/mounted/);
+  });
+
   it("`.get` reads what is there and throws for what is not", async () => {
     const { id } = fresh();
     await pve1.ssh([
@@ -367,6 +411,23 @@ describe("in use", () => {
     expect(await look(id)).toBeUndefined();
   });
 
+  it("delete and move are refused while a backup to it runs", async () => {
+    const { id, stack } = fresh();
+    await stack.up(inputs(id));
+    const before = await look(id);
+    await pve1.ssh(
+      "qm create 101 --memory 16 --scsi0 local:1 >/dev/null; mkdir -p /run/pve-misbehave; echo 600 >/run/pve-misbehave/dump-seconds",
+    );
+    const { stdout: pid } = await pve1.ssh(`vzdump 101 --storage ${id} >/dev/null 2>&1 & echo $!`);
+    await pve1.ssh(`until ls /mnt/pve/${id}/dump/*.vma.dat; do sleep 0.1; done`);
+    expect(await failure(stack.destroy())).toMatch(/a running vzdump of 101/);
+    expect(await failure(stack.up(inputs(id, { export: "/mnt/data/other" })))).toMatch(/a running vzdump of 101/);
+    expect(await look(id)).toBe(before);
+    await shell(`kill ${pid}; while kill -0 ${pid} 2>/dev/null; do sleep 0.1; done; qm unlock 101; qm destroy 101`);
+    await stack.destroy();
+    expect(await look(id)).toBeUndefined();
+  });
+
   it("delete and move are refused while another storage lies on the mount, or a process has it open", async () => {
     const { id, stack } = fresh();
     await stack.up(inputs(id));
@@ -421,6 +482,25 @@ describe("in use", () => {
       if (!said.includes("stopped here")) {
         expect(k).toBeGreaterThan(3);
         break;
+      }
+    }
+  }, 600_000);
+
+  it("a move whose connection is cut within a step is finished by the next run, or taken back by it", async () => {
+    for (const step of ["pvesm.set.written", "pvesm.remove.written", "pvesm.add.locked"]) {
+      for (const back of [false, true]) {
+        const { id, stack } = fresh();
+        await stack.up(inputs(id));
+        await shell(`mkdir -p /run/pve-misbehave; printf 'once\ndisconnect\nslow 1\n' >/run/pve-misbehave/${step}`);
+        const there = inputs(id, { export: "/mnt/data/other" });
+        expect(await failure(stack.up(there))).toMatch(/connection to .* was lost|did not answer/);
+        const want = back ? inputs(id) : there;
+        await stack.up(want);
+        const now = await look(id);
+        expect(now?.match(/^mounted.*/gm)).toEqual([`mounted skydev:${want.export}`]);
+        expect(now).toMatch(new RegExp(`^export ${want.export}$`, "m"));
+        expect(now).not.toMatch(/^disable/m);
+        expect(await stack.preview(want)).toBe("same");
       }
     }
   }, 600_000);
@@ -634,9 +714,17 @@ describe("ids on a shared export", () => {
     const { ids } = await idsTaken(connect(pve1.connection));
     expect(ids.get(14007)).toBe("was used before"); // its guest is gone
     expect(ids.has(14008)).toBe(false);
-    await stack.destroy();
+    // Whatever run comes by writes down what was used meanwhile; so does the one that gives the claim back.
+    const used = () => registered(readFileSync(join(folder, ".pulumi-vmbackup/claims"), "utf8")).used;
+    await pve1.ssh("printf 'memory: 128\n' >/etc/pve/qemu-server/14011.conf");
+    await stack.up({ ...want, retention: { keepLast: 9 } });
+    expect(used()).toEqual([14007, 14009, 14011]);
+    await pve1.ssh("printf 'memory: 128\n' >/etc/pve/qemu-server/14013.conf");
+    const { vmIds: _ids, ...without } = want;
+    await stack.up({ ...without, content: ["iso"] });
     expect(claims(folder)).toEqual([]);
-    expect(registered(readFileSync(join(folder, ".pulumi-vmbackup/claims"), "utf8")).used).toEqual([14007, 14009]);
+    expect(used()).toEqual([14007, 14009, 14011, 14013]);
+    await stack.destroy();
     expect(existsSync(join(folder, "dump/vzdump-qemu-14009-2026_11_01-10_00_00.vma"))).toBe(true); // dumps always stay
   });
 
