@@ -235,14 +235,17 @@ const provenKey = (source: string, options: string | undefined) => `${source} ${
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
   const id = want.storageId;
-  let states = await host.ask(storageStates);
-  const seen = await host.ask(look);
+  let seen = await host.ask(look);
   const section = seen.storages.find((storage) => storage.id === id);
   const row = section?.type === "nfs" ? section : undefined;
+  // The question of the state takes pvesh seconds, and says nothing of what storage.cfg has not.
+  let states = row === undefined ? [] : await host.ask(storageStates);
   const stateOf = () => states.find(({ storage }) => storage === id);
   // The first answer after a mount says inactive.
-  if (row !== undefined && stateOf()?.enabled && !stateOf()?.active) states = await host.ask(storageStates);
+  if (stateOf()?.enabled && !stateOf()?.active) states = await host.ask(storageStates);
   const state = stateOf();
+  // It has mounted what was not.
+  if (state?.active && !seen.mounts.some(({ target }) => target === row?.values.path)) seen = await host.ask(look);
 
   const path = row?.values.path ?? want.path ?? defaultPath(id);
   const pins: Pins = { ...line?.pins };

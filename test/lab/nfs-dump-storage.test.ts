@@ -419,7 +419,7 @@ describe("in use", () => {
       "qm create 101 --memory 16 --scsi0 local:1 >/dev/null; mkdir -p /run/pve-misbehave; echo 600 >/run/pve-misbehave/dump-seconds",
     );
     const { stdout: pid } = await pve1.ssh(`vzdump 101 --storage ${id} >/dev/null 2>&1 & echo $!`);
-    await pve1.ssh(`until ls /mnt/pve/${id}/dump/*.vma.dat; do sleep 0.1; done`);
+    await pve1.ssh(`until ls /mnt/pve/${id}/dump/*.dat; do sleep 0.1; done`);
     expect(await failure(stack.destroy())).toMatch(/a running vzdump of 101/);
     expect(await failure(stack.up(inputs(id, { export: "/mnt/data/other" })))).toMatch(/a running vzdump of 101/);
     expect(await look(id)).toBe(before);
