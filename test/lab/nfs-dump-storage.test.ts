@@ -487,21 +487,24 @@ describe("in use", () => {
   }, 600_000);
 
   it("a move whose connection is cut within a step is finished by the next run, or taken back by it", async () => {
-    for (const step of ["pvesm.set.written", "pvesm.remove.written", "pvesm.add.locked"]) {
-      for (const back of [false, true]) {
-        const { id, stack } = fresh();
-        await stack.up(inputs(id));
-        await shell(`mkdir -p /run/pve-misbehave; printf 'once\ndisconnect\nslow 1\n' >/run/pve-misbehave/${step}`);
-        const there = inputs(id, { export: "/mnt/data/other" });
-        expect(await failure(stack.up(there))).toMatch(/connection to .* was lost|did not answer/);
-        const want = back ? inputs(id) : there;
-        await stack.up(want);
-        const now = await look(id);
-        expect(now?.match(/^mounted.*/gm)).toEqual([`mounted skydev:${want.export}`]);
-        expect(now).toMatch(new RegExp(`^export ${want.export}$`, "m"));
-        expect(now).not.toMatch(/^disable/m);
-        expect(await stack.preview(want)).toBe("same");
-      }
+    for (const [step, back] of [
+      ["pvesm.set.written", false],
+      ["pvesm.set.written", true],
+      ["pvesm.remove.written", true],
+      ["pvesm.add.locked", false],
+    ] as const) {
+      const { id, stack } = fresh();
+      await stack.up(inputs(id));
+      await shell(`mkdir -p /run/pve-misbehave; printf 'once\\ndisconnect\\nslow 1\\n' >/run/pve-misbehave/${step}`);
+      const there = inputs(id, { export: "/mnt/data/other" });
+      expect(await failure(stack.up(there))).toMatch(/connection to .* was lost|did not answer/);
+      const want = back ? inputs(id) : there;
+      await stack.up(want);
+      const now = await look(id);
+      expect(now?.match(/^mounted.*/gm)).toEqual([`mounted skydev:${want.export}`]);
+      expect(now).toMatch(new RegExp(`^export ${want.export}$`, "m"));
+      expect(now).not.toMatch(/^disable/m);
+      expect(await stack.preview(want)).toBe("same");
     }
   }, 600_000);
 
