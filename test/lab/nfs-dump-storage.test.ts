@@ -65,28 +65,16 @@ const inputs = (storageId: string, over: Fields = {}): Fields => ({
 
 const shell = (command: string, node = pve1) => node.ssh(command, { reject: false });
 
-const byHand = (id: string, ...options: string[]) => ["pvesm", "add", "nfs", id, ...options];
+/** Adds a storage as a person would. */
+const byHand = (id: string, options = "--content backup", from = { server: "skydev", export: EXPORT }) =>
+  pve1.ssh(`pvesm add nfs ${id} --server ${from.server} --export ${from.export} ${options}`);
 
 laws({
   kind: "NfsDumpStorage",
   inputs: (tag) => inputs(tag),
   look: (tag) => look(tag),
   vanish: async (tag) => void (await shell(`pvesm remove ${tag}; umount /mnt/pve/${tag}`)),
-  foreign: async (tag) =>
-    void (await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      tag,
-      "--server",
-      "skydev",
-      "--export",
-      EXPORT,
-      "--content",
-      "backup,iso",
-      "--bwlimit",
-      "restore=7",
-    ])),
+  foreign: async (tag) => void (await byHand(tag, "--content backup,iso --bwlimit restore=7")),
   bad: [
     ["guests' disks without ids of their own", { content: ["images"] }, "content"],
     ["containers' disks without ids of their own", { content: ["backup", "rootdir"] }, "content"],
@@ -253,7 +241,7 @@ describe("whose is it", () => {
   it("an NFS storage of another server, made by hand: left as it is, and adopted only as it is", async () => {
     const { id, stack } = fresh();
     exported("/e", "elsewhere");
-    await pve1.ssh(["pvesm", "add", "nfs", id, "--server", "elsewhere", "--export", "/e", "--content", "backup"]);
+    await byHand(id, "--content backup", { server: "elsewhere", export: "/e" });
     const before = await look(id);
     expect(await failure(stack.up(inputs(id)))).toMatch(/exists already and is not this resource's.*by hand/);
     expect(await failure(stack.up(inputs(id, { adopt: true })))).toMatch(/It is elsewhere:\/e, and declared is skydev/);
@@ -270,22 +258,10 @@ describe("whose is it", () => {
     for (const day of [1, 2, 3])
       writeFileSync(join(folder, `dump/vzdump-qemu-101-2026_11_0${day}-10_00_00.vma.zst`), "x");
     writeFileSync(join(folder, "template/iso/debian.iso"), "x");
-    await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      id,
-      "--server",
-      "skydev",
-      "--export",
-      "/adopted",
-      "--content",
-      "backup,iso",
-      "--bwlimit",
-      "restore=5",
-      "--create-subdirs",
-      "1",
-    ]);
+    await byHand(id, "--content backup,iso --bwlimit restore=5 --create-subdirs 1", {
+      server: "skydev",
+      export: "/adopted",
+    });
     const before = await look(id);
     const want = inputs(id, { export: "/adopted", adopt: true });
     expect(await failure(stack.up({ ...want, content: ["backup"] }))).toMatch(/it holds iso/);
@@ -313,7 +289,7 @@ describe("whose is it", () => {
     const { id, stack } = fresh();
     await shell("grep -q alias.lab /etc/hosts || echo '10.99.0.1 skydev alias.lab' >>/etc/hosts");
     if (!existsSync(join(servers, "alias.lab"))) symlinkSync("skydev", join(servers, "alias.lab"));
-    await pve1.ssh(byHand(id, "--server", "alias.lab", "--export", EXPORT, "--content", "backup"));
+    await byHand(id, "--content backup", { server: "alias.lab", export: EXPORT });
     const before = await look(id);
     await stack.up(inputs(id, { adopt: true }));
     expect(await look(id)).toBe(before);
@@ -322,7 +298,7 @@ describe("whose is it", () => {
     await stack.destroy(); // and its mount is known as ours
     expect(await look(id)).toBeUndefined();
     const unknown = fresh();
-    await pve1.ssh(byHand(unknown.id, "--server", "alias.lab", "--export", EXPORT, "--content", "backup"));
+    await byHand(unknown.id, "--content backup", { server: "alias.lab", export: EXPORT });
     const refused = failure(unknown.stack.up(inputs(unknown.id, { server: "v4only", adopt: true })));
     expect(await refused).toMatch(/It is alias\.lab:.*and declared is v4only:/);
     await shell(`pvesm remove ${unknown.id}; umount /mnt/pve/${unknown.id}`);
@@ -330,7 +306,7 @@ describe("whose is it", () => {
 
   it("a disabled storage is adopted as it is, and stays disabled when it is moved", async () => {
     const { id, stack } = fresh();
-    await pve1.ssh(byHand(id, "--server", "skydev", "--export", EXPORT, "--content", "backup", "--disable", "1"));
+    await byHand(id, "--content backup --disable 1");
     const before = await look(id);
     expect(before).not.toMatch(/mounted/);
     await stack.up(inputs(id, { adopt: true }));
@@ -353,20 +329,7 @@ describe("whose is it", () => {
 
   it("`.get` reads what is there and throws for what is not", async () => {
     const { id } = fresh();
-    await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      id,
-      "--server",
-      "skydev",
-      "--export",
-      EXPORT,
-      "--content",
-      "backup,iso",
-      "--prune-backups",
-      "keep-last=2",
-    ]);
+    await byHand(id, "--content backup,iso --prune-backups keep-last=2");
     const { calls } = new Stack("NfsDumpStorage", "get");
     const { props } = await calls.read(id, { host: pve1.connection });
     expect(props).toMatchObject({
@@ -535,21 +498,9 @@ describe("drift", () => {
     const want = inputs(id, { retention: { keepLast: 3 } });
     await stack.up(want);
     const before = await look(id);
-    await pve1.ssh([
-      "pvesm",
-      "set",
-      id,
-      "--bwlimit",
-      "restore=1",
-      "--prune-backups",
-      "keep-last=9",
-      "--disable",
-      "1",
-      "--content",
-      "backup,iso",
-      "--nodes",
-      "pve9",
-    ]);
+    await pve1.ssh(
+      `pvesm set ${id} --bwlimit restore=1 --prune-backups keep-last=9 --disable 1 --content backup,iso --nodes pve9`,
+    );
     expect(await stack.refresh()).toBe("there");
     expect(stack.recorded?.inputs).toMatchObject({
       bwlimit: "restore=1",
@@ -614,7 +565,7 @@ describe("drift", () => {
 
   it("a mount that an earlier storage left is not taken over", async () => {
     const { id, stack } = fresh();
-    await pve1.ssh(["pvesm", "add", "nfs", id, "--server", "skydev", "--export", EXPORT, "--content", "backup"]);
+    await byHand(id);
     await pve1.ssh(["pvesm", "remove", id]);
     expect(await look(id)).toMatch(/mounted/);
     await stack.up(inputs(id, { options: "vers=4.1" }));
