@@ -10,7 +10,7 @@ import type { Host } from "./host.js";
 import { argvHash, type JobState, jobState } from "./host-job.js";
 import { type Line, memory } from "./host-ledger.js";
 import { contains, type Range } from "./id-range.js";
-import { idUnremembered } from "./nfs-dump-storage.js";
+import { idUnremembered } from "./nfs-dump-storage-look.js";
 import * as pve from "./pve.js";
 import * as files from "./pve-guests.js";
 import { restoredBy, verifyArgv } from "./qmrestore.js";

@@ -9,7 +9,7 @@ import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
 import { type Line, memory } from "./host-ledger.js";
 import { contains, overlap, type Range, rangeTrouble } from "./id-range.js";
-import { idsUsed } from "./nfs-dump-storage.js";
+import { idsUsed } from "./nfs-dump-storage-look.js";
 import * as pve from "./pve.js";
 
 // ---------------------------------------------------------------- inputs

@@ -201,7 +201,10 @@ def _decode(kind: str, key: str, value: Any) -> Any:
                 err(f"storage does not support content type '{content}'\n")
         return found if isinstance(value, str) else value
     if key == "format" and value not in FORMATS.get(kind, (value, ""))[0].split():
-        err(f"storage does not support format '{value}'\n")
+        # Perl's complaint about the way that leaves the plugin's check; the value is dropped.
+        err(f"storage does not support format '{value}'\n"
+            "Exiting subroutine via next at /usr/share/perl5/PVE/Storage/Plugin.pm line 502.\n")
+        return None
     return value
 
 

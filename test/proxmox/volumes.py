@@ -497,6 +497,8 @@ def extract_config(config: StorageConfig, volid: str) -> str:
     """The guest configuration inside a backup, read with the `vma` module of the guests' commands."""
     if is_volume_id(volid):
         config.get(parse_volume_id(volid)[0])
+        if volume_path(config, volid)[1].content != "backup":
+            raise PveError(f"unable to use volume {volid} - content type needs to be 'backup'\n")
     path = abs_filesystem_path(config, volid)
     info = archive_info(path)
     if info["type"] != "qemu" or info["format"] != "vma":
