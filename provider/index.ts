@@ -404,7 +404,9 @@ export interface BackupStatus {
  *   refused with the cure: `"22"` (a minute, every hour), `"25:00"`, `"8:00,12:00"`, a date that never comes.
  * - The comment of the job ends with a mark that names its owner.
  * - Refused before anything is changed: a storage that does not exist, is disabled or takes no backups; guests, a pool or a node
- *   that do not exist. Refused in preview: a guest that is listed twice, `protected` with a retention.
+ *   that do not exist, a date that has passed. Refused in preview: a guest that is listed twice, `protected` with a retention.
+ * - `adopt` takes over what is declared, option by option of `vzdump`; the rest of the job stays. A retention whose next run would
+ *   remove backups is refused with their list: adopt the job first, and declare it afterwards.
  * - Backups stay when the schedule goes.
  */
 export class BackupSchedule extends HostResource {
@@ -413,12 +415,16 @@ export class BackupSchedule extends HostResource {
   declare readonly enabled: Output<boolean>;
   /** As seen by the last up or refresh. `lastRun`: of the schedule itself, not of "Run now". */
   declare readonly status: Output<BackupStatus>;
+  /** What the job has: an adopted one keeps it, as long as `enabled` is not declared. */
+  declare private readonly isEnabled: Output<boolean | undefined>;
 
   constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
     const named = { enabled: undefined, ...args, name: args.name ?? name };
     const read = ["name", "schedule", "enabled", "storage"];
-    super("BackupSchedule", name, named, { outputs: ["status"], read, identity: [named.name] }, opts);
-    const enabled = this.enabled.apply((declared: boolean | undefined) => declared ?? true);
+    super("BackupSchedule", name, named, { outputs: ["status", "isEnabled"], read, identity: [named.name] }, opts);
+    const enabled = this.enabled.apply(
+      (declared: boolean | undefined) => declared ?? this.isEnabled.apply((found) => found ?? true),
+    );
     Object.defineProperty(this, "enabled", { value: enabled });
   }
 
@@ -535,7 +541,8 @@ interface RestoreCommon extends OnHost {
   name?: Input<string> | undefined;
   /** Make it a template (default), or leave it a stopped guest. */
   template?: Input<boolean> | undefined;
-  /** Check the archive before anything is written, and the volumes afterwards. Default true. */
+  /** Check the archive before anything is written, and the volumes afterwards. Default true. On Proxmox VE its size, head and
+   *  configuration are always looked at; it is read to its end only before a guest is removed for it, as reading takes as long as restoring. */
   verify?: Input<boolean> | undefined;
   /** What destroy does. Default `destroy` for a template restored here, `keep` for `template: false` and for what was adopted.
    *  Destroy refuses while the guest runs or has clones. */
@@ -633,6 +640,10 @@ export type RestoredTemplateArgs = ProxmoxRestoreArgs | LibvirtRestoreArgs;
  * - The copy does not wake up as a twin: no start at boot, no devices of the host, no firewall rules (`status.changed`).
  * - Refused before anything is made: an archive that does not exist, is empty, unreadable or a container's; dumps of two guests
  *   under one id; a storage without images or room; an id that is not free.
+ * - Room: thick storages (LVM, ZFS that is not sparse, preallocation) need the whole size of the disks, others the data. How much data
+ *   a compressed archive holds is not known before it is read: then its own size is the least, and a warning says so.
+ * - An id out of a range is written down on the export whose store claims it (`vmIds`), and not given out again.
+ * - What was adopted is never removed for another `from`, unless `onDelete: "destroy"` is declared.
  * - Destroy refuses while the guest has linked clones, runs, is locked, protected, managed by HA, has snapshots, or is no longer
  *   what was restored.
  */

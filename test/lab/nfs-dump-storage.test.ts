@@ -1,6 +1,6 @@
 // NfsDumpStorage on Proxmox VE nodes (stand-ins): the laws, then bad input and bad luck. What is asserted is looked up out of band:
 // storage.cfg, the mount table, the files of the export.
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, afterEach, describe, expect, it } from "vitest";
@@ -65,26 +65,16 @@ const inputs = (storageId: string, over: Fields = {}): Fields => ({
 
 const shell = (command: string, node = pve1) => node.ssh(command, { reject: false });
 
+/** Adds a storage as a person would. */
+const byHand = (id: string, options = "--content backup", from = { server: "skydev", export: EXPORT }) =>
+  pve1.ssh(`pvesm add nfs ${id} --server ${from.server} --export ${from.export} ${options}`);
+
 laws({
   kind: "NfsDumpStorage",
   inputs: (tag) => inputs(tag),
   look: (tag) => look(tag),
   vanish: async (tag) => void (await shell(`pvesm remove ${tag}; umount /mnt/pve/${tag}`)),
-  foreign: async (tag) =>
-    void (await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      tag,
-      "--server",
-      "skydev",
-      "--export",
-      EXPORT,
-      "--content",
-      "backup,iso",
-      "--bwlimit",
-      "restore=7",
-    ])),
+  foreign: async (tag) => void (await byHand(tag, "--content backup,iso --bwlimit restore=7")),
   bad: [
     ["guests' disks without ids of their own", { content: ["images"] }, "content"],
     ["containers' disks without ids of their own", { content: ["backup", "rootdir"] }, "content"],
@@ -251,7 +241,7 @@ describe("whose is it", () => {
   it("an NFS storage of another server, made by hand: left as it is, and adopted only as it is", async () => {
     const { id, stack } = fresh();
     exported("/e", "elsewhere");
-    await pve1.ssh(["pvesm", "add", "nfs", id, "--server", "elsewhere", "--export", "/e", "--content", "backup"]);
+    await byHand(id, "--content backup", { server: "elsewhere", export: "/e" });
     const before = await look(id);
     expect(await failure(stack.up(inputs(id)))).toMatch(/exists already and is not this resource's.*by hand/);
     expect(await failure(stack.up(inputs(id, { adopt: true })))).toMatch(/It is elsewhere:\/e, and declared is skydev/);
@@ -268,22 +258,10 @@ describe("whose is it", () => {
     for (const day of [1, 2, 3])
       writeFileSync(join(folder, `dump/vzdump-qemu-101-2026_11_0${day}-10_00_00.vma.zst`), "x");
     writeFileSync(join(folder, "template/iso/debian.iso"), "x");
-    await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      id,
-      "--server",
-      "skydev",
-      "--export",
-      "/adopted",
-      "--content",
-      "backup,iso",
-      "--bwlimit",
-      "restore=5",
-      "--create-subdirs",
-      "1",
-    ]);
+    await byHand(id, "--content backup,iso --bwlimit restore=5 --create-subdirs 1", {
+      server: "skydev",
+      export: "/adopted",
+    });
     const before = await look(id);
     const want = inputs(id, { export: "/adopted", adopt: true });
     expect(await failure(stack.up({ ...want, content: ["backup"] }))).toMatch(/it holds iso/);
@@ -307,22 +285,51 @@ describe("whose is it", () => {
     expect(await look(id)).not.toContain("bwlimit"); // once declared, it goes when it is left out
   }, 600_000);
 
+  it("the same server by another name is the same server", async () => {
+    const { id, stack } = fresh();
+    await shell("grep -q alias.lab /etc/hosts || echo '10.99.0.1 skydev alias.lab' >>/etc/hosts");
+    if (!existsSync(join(servers, "alias.lab"))) symlinkSync("skydev", join(servers, "alias.lab"));
+    await byHand(id, "--content backup", { server: "alias.lab", export: EXPORT });
+    const before = await look(id);
+    await stack.up(inputs(id, { adopt: true }));
+    expect(await look(id)).toBe(before);
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(inputs(id))).toBe("same");
+    await stack.destroy(); // and its mount is known as ours
+    expect(await look(id)).toBeUndefined();
+    const unknown = fresh();
+    await byHand(unknown.id, "--content backup", { server: "alias.lab", export: EXPORT });
+    const refused = failure(unknown.stack.up(inputs(unknown.id, { server: "v4only", adopt: true })));
+    expect(await refused).toMatch(/It is alias\.lab:.*and declared is v4only:/);
+    await shell(`pvesm remove ${unknown.id}; umount /mnt/pve/${unknown.id}`);
+  });
+
+  it("a disabled storage is adopted as it is, and stays disabled when it is moved", async () => {
+    const { id, stack } = fresh();
+    await byHand(id, "--content backup --disable 1");
+    const before = await look(id);
+    expect(before).not.toMatch(/mounted/);
+    await stack.up(inputs(id, { adopt: true }));
+    expect(await look(id)).toBe(before);
+    expect(stack.recorded?.outputs.status).toMatchObject({ active: false });
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(inputs(id))).toBe("same");
+    await stack.up(inputs(id, { export: "/mnt/data/other" }));
+    expect(await look(id)).toBe(before?.replace(EXPORT, "/mnt/data/other"));
+    await stack.up(inputs(id, { export: "/mnt/data/other", options: "vers=4.1" }));
+    expect(await look(id)).toMatch(/^disable$/m);
+    // Enabled by hand, it stays enabled: remounted, and moved.
+    await pve1.ssh(["pvesm", "set", id, "--delete", "disable"]);
+    await stack.up(inputs(id, { export: "/mnt/data/other", options: "vers=4.2" }));
+    expect(await look(id)).not.toMatch(/^disable$/m);
+    await stack.up(inputs(id, { options: "vers=4.2" }));
+    expect(await look(id)).not.toMatch(/^disable$/m);
+    expect(await look(id)).toMatch(/mounted/);
+  });
+
   it("`.get` reads what is there and throws for what is not", async () => {
     const { id } = fresh();
-    await pve1.ssh([
-      "pvesm",
-      "add",
-      "nfs",
-      id,
-      "--server",
-      "skydev",
-      "--export",
-      EXPORT,
-      "--content",
-      "backup,iso",
-      "--prune-backups",
-      "keep-last=2",
-    ]);
+    await byHand(id, "--content backup,iso --prune-backups keep-last=2");
     const { calls } = new Stack("NfsDumpStorage", "get");
     const { props } = await calls.read(id, { host: pve1.connection });
     expect(props).toMatchObject({
@@ -363,6 +370,23 @@ describe("in use", () => {
     expect(await failure(stack.destroy())).toMatch(message);
     expect(await look(id)).toBe(before);
     await shell("rm -f /etc/pve/jobs.cfg /etc/pve/qemu-server/*.conf");
+    await stack.destroy();
+    expect(await look(id)).toBeUndefined();
+  });
+
+  it("delete and move are refused while a backup to it runs", async () => {
+    const { id, stack } = fresh();
+    await stack.up(inputs(id));
+    const before = await look(id);
+    await pve1.ssh(
+      "qm create 101 --memory 16 --scsi0 local:1 >/dev/null; mkdir -p /run/pve-misbehave; echo 600 >/run/pve-misbehave/dump-seconds",
+    );
+    const { stdout: pid } = await pve1.ssh(`vzdump 101 --storage ${id} >/dev/null 2>&1 & echo $!`);
+    await pve1.ssh(`until ls /mnt/pve/${id}/dump/*.dat; do sleep 0.1; done`);
+    expect(await failure(stack.destroy())).toMatch(/a running vzdump of 101/);
+    expect(await failure(stack.up(inputs(id, { export: "/mnt/data/other" })))).toMatch(/a running vzdump of 101/);
+    expect(await look(id)).toBe(before);
+    await shell(`kill ${pid}; while kill -0 ${pid} 2>/dev/null; do sleep 0.1; done; qm unlock 101; qm destroy 101`);
     await stack.destroy();
     expect(await look(id)).toBeUndefined();
   });
@@ -425,6 +449,28 @@ describe("in use", () => {
     }
   }, 600_000);
 
+  it("a move whose connection is cut within a step is finished by the next run, or taken back by it", async () => {
+    for (const [step, back] of [
+      ["pvesm.set.written", false],
+      ["pvesm.set.written", true],
+      ["pvesm.remove.written", true],
+      ["pvesm.add.locked", false],
+    ] as const) {
+      const { id, stack } = fresh();
+      await stack.up(inputs(id));
+      await shell(`mkdir -p /run/pve-misbehave; printf 'once\\ndisconnect\\nslow 1\\n' >/run/pve-misbehave/${step}`);
+      const there = inputs(id, { export: "/mnt/data/other" });
+      expect(await failure(stack.up(there))).toMatch(/connection to .* was lost|did not answer/);
+      const want = back ? inputs(id) : there;
+      await stack.up(want);
+      const now = await look(id);
+      expect(now?.match(/^mounted.*/gm)).toEqual([`mounted skydev:${want.export}`]);
+      expect(now).toMatch(new RegExp(`^export ${want.export}$`, "m"));
+      expect(now).not.toMatch(/^disable/m);
+      expect(await stack.preview(want)).toBe("same");
+    }
+  }, 600_000);
+
   it("a content type that guests use is not dropped, a directory that holds something is not changed", async () => {
     const { id, stack } = fresh();
     const folder = exported("/dirs");
@@ -452,21 +498,9 @@ describe("drift", () => {
     const want = inputs(id, { retention: { keepLast: 3 } });
     await stack.up(want);
     const before = await look(id);
-    await pve1.ssh([
-      "pvesm",
-      "set",
-      id,
-      "--bwlimit",
-      "restore=1",
-      "--prune-backups",
-      "keep-last=9",
-      "--disable",
-      "1",
-      "--content",
-      "backup,iso",
-      "--nodes",
-      "pve9",
-    ]);
+    await pve1.ssh(
+      `pvesm set ${id} --bwlimit restore=1 --prune-backups keep-last=9 --disable 1 --content backup,iso --nodes pve9`,
+    );
     expect(await stack.refresh()).toBe("there");
     expect(stack.recorded?.inputs).toMatchObject({
       bwlimit: "restore=1",
@@ -531,7 +565,7 @@ describe("drift", () => {
 
   it("a mount that an earlier storage left is not taken over", async () => {
     const { id, stack } = fresh();
-    await pve1.ssh(["pvesm", "add", "nfs", id, "--server", "skydev", "--export", EXPORT, "--content", "backup"]);
+    await byHand(id);
     await pve1.ssh(["pvesm", "remove", id]);
     expect(await look(id)).toMatch(/mounted/);
     await stack.up(inputs(id, { options: "vers=4.1" }));
@@ -634,9 +668,17 @@ describe("ids on a shared export", () => {
     const { ids } = await idsTaken(connect(pve1.connection));
     expect(ids.get(14007)).toBe("was used before"); // its guest is gone
     expect(ids.has(14008)).toBe(false);
-    await stack.destroy();
+    // Whatever run comes by writes down what was used meanwhile; so does the one that gives the claim back.
+    const used = () => registered(readFileSync(join(folder, ".pulumi-vmbackup/claims"), "utf8")).used;
+    await pve1.ssh("printf 'memory: 128\n' >/etc/pve/qemu-server/14011.conf");
+    await stack.up({ ...want, retention: { keepLast: 9 } });
+    expect(used()).toEqual([14007, 14009, 14011]);
+    await pve1.ssh("printf 'memory: 128\n' >/etc/pve/qemu-server/14013.conf");
+    const { vmIds: _ids, ...without } = want;
+    await stack.up({ ...without, content: ["iso"] });
     expect(claims(folder)).toEqual([]);
-    expect(registered(readFileSync(join(folder, ".pulumi-vmbackup/claims"), "utf8")).used).toEqual([14007, 14009]);
+    expect(used()).toEqual([14007, 14009, 14011, 14013]);
+    await stack.destroy();
     expect(existsSync(join(folder, "dump/vzdump-qemu-14009-2026_11_01-10_00_00.vma"))).toBe(true); // dumps always stay
   });
 

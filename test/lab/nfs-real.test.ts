@@ -1,6 +1,9 @@
 // What touches a mount, on a real NFS server and clients (kernels of their own): sources as the kernel writes them, the write
 // probe, the guarded unmount, the registry from two hosts, and looks at servers that are dead.
-import { afterEach, beforeAll, describe, expect, it } from "vitest";
+import { join } from "node:path";
+import { execa } from "execa";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import type { Fields } from "../../provider/engine-values.js";
 import type { Host } from "../../provider/host.js";
 import { connect } from "../../provider/host.js";
 import {
@@ -13,6 +16,7 @@ import {
   registered,
   sourceOf,
 } from "../../provider/nfs-export.js";
+import { Stack } from "../stack.js";
 import { type LabHost, useHosts, useStore } from "./lab.js";
 
 const store = useStore();
@@ -191,6 +195,94 @@ describe("the registry over real NFS", () => {
       const { stdout } = await store.ssh(`cat ${root}/${REGISTRY}/claims`);
       expect(registered(stdout).claims).toHaveLength(races);
       await store.ssh(`rm -f ${root}/ready.* ${root}/${REGISTRY}/claims`);
+    },
+    SLOW,
+  );
+});
+
+// The resource as a whole: stand-ins for pvesm and pvesh, and below them the kernel's own NFS.
+describe("a storage on a real mount", () => {
+  const pvePath = "/mnt/pve/real";
+  const stack = new Stack("NfsDumpStorage", "real");
+  const inputs = (over: Fields = {}): Fields => ({
+    host: client.connection,
+    storageId: "real",
+    server: store.address,
+    export: root,
+    options: "vers=4.2,hard,timeo=30,retrans=1",
+    ...over,
+  });
+  const mounted = async () =>
+    (await client.ssh(`findmnt -n -o SOURCE,FSTYPE --mountpoint ${pvePath}`, { reject: false })).stdout;
+
+  beforeAll(async () => {
+    const { stdout: tar } = await execa("tar", ["-C", join(__dirname, "../proxmox"), "-c", "."], {
+      encoding: "base64",
+    });
+    await client.ssh(
+      "mkdir -p /root/proxmox && base64 -d | tar -x -C /root/proxmox && sh /root/proxmox/install --real-nfs",
+      {
+        input: tar,
+      },
+    );
+  }, SLOW);
+  afterAll(async () => {
+    await store.ssh("systemctl start nfs-server");
+    await client.ssh(`pvesm remove real; umount ${pvePath}`, { reject: false });
+  }, SLOW);
+
+  it(
+    "is made, moved to a directory below the export, and removed without its dumps",
+    async () => {
+      await stack.up(inputs());
+      expect(await mounted()).toMatch(new RegExp(`^${store.address}:${root} +nfs4$`));
+      expect(stack.recorded?.outputs.status).toMatchObject({ active: true, dumps: 0 });
+      await stack.up(inputs({ export: `${root}/sub` }));
+      expect(await mounted()).toMatch(new RegExp(`^${store.address}:${root}/sub +nfs4$`));
+      expect(stack.recorded?.outputs.status).toMatchObject({ dumps: 1, newestDump: "2023-07-26T02:23:55.000Z" });
+      expect(await stack.preview(inputs({ export: `${root}/sub` }))).toBe("same");
+      await stack.destroy();
+      expect(await mounted()).toBe("");
+      expect((await store.ssh(`ls ${root}/sub/dump`)).stdout).toContain("vzdump-qemu-107");
+    },
+    SLOW,
+  );
+
+  it(
+    "on a server that speaks only NFSv4: refused with what to declare, and made with it",
+    async () => {
+      await store.ssh("systemctl stop nfs-mountd rpcbind.socket rpcbind", { reject: false });
+      try {
+        const said = await stack.up(inputs({ options: "soft" })).catch(String);
+        expect(said).toMatch(/vers=4\.2/);
+        expect(await mounted()).toBe("");
+        await stack.up(inputs());
+        expect(await mounted()).toMatch(/nfs4$/);
+      } finally {
+        await store.ssh("systemctl start rpcbind.socket nfs-mountd", { reject: false });
+        await stack.destroy();
+      }
+    },
+    SLOW,
+  );
+
+  it(
+    "its server dies under a hard mount: ten refreshes answer, none says gone, and nothing piles up",
+    async () => {
+      await stack.up(inputs());
+      await store.ssh("systemctl stop nfs-server");
+      await client.ssh("echo 3 >/proc/sys/vm/drop_caches");
+      for (let i = 0; i < 10; i++) {
+        const begin = Date.now();
+        expect(await stack.refresh()).toBe("there");
+        expect(Date.now() - begin).toBeLessThan(120_000);
+      }
+      expect(stack.recorded?.outputs.status).toMatchObject({ active: false });
+      const { stdout } = await client.ssh("ps -eo stat,args | grep -c '^D' || true");
+      expect(Number(stdout)).toBeLessThanOrEqual(1);
+      await store.ssh("systemctl start nfs-server");
+      await stack.destroy();
+      expect(await mounted()).toBe("");
     },
     SLOW,
   );

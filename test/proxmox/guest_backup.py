@@ -551,8 +551,7 @@ class _Progress:
 
 
 def _dump_seconds():
-    from guest_restore import setting
-    return setting("dump-seconds", 0)
+    return misbehave.setting("dump-seconds", 0)
 
 
 def _duration(seconds):

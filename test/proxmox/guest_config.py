@@ -18,6 +18,7 @@ import time
 import uuid
 from urllib.parse import unquote
 
+import misbehave
 from guest_schema import CONFIG, DRIVE_FORMATS, DRIVES, NET, SMBIOS1
 from pve_cluster import nodename as node_name
 from pve_output import err
@@ -281,7 +282,7 @@ def assert_unprotected(conf, what):
 
 def create_and_lock(vmid, allow_existing, lock="create"):
     """Reserve an id: a configuration with only a lock line in it. Waits for the flock for 5 s, no longer."""
-    with config_lock(vmid, 5):
+    with config_lock(vmid, misbehave.setting("reserve-seconds", 5)):
         assert_unused(vmid, allow_existing)
         conf = load(vmid) if os.path.exists(config_file(vmid)) else {}
         assert_unlocked(conf)

@@ -338,22 +338,14 @@ def new_line(line, volumes, unique):
 
 # ---------------------------------------------------------------- time, signals
 
-def setting(name, default):
-    for folder in misbehave.FOLDERS:
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"{folder}/{name}") as file:
-                return float(file.read())
-    return default
-
-
 def header_timeout():
     """60 s in the real thing; a test that has no time for that writes another number."""
-    return setting("vma-header-timeout", 60)
+    return misbehave.setting("vma-header-timeout", 60)
 
 
 def restore_seconds():
     """How long the data of a restore takes at least: small archives are through before anybody can look."""
-    return setting("restore-seconds", 0)
+    return misbehave.setting("restore-seconds", 0)
 
 
 @contextlib.contextmanager

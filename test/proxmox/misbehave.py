@@ -34,6 +34,16 @@ def is_set(name: str) -> bool:
     return any(os.path.exists(os.path.join(folder, name)) for folder in FOLDERS)
 
 
+def setting(name: str, default: float) -> float:
+    for folder in FOLDERS:
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                return float(file.read())
+        except (OSError, ValueError):
+            continue
+    return default
+
+
 def point(command: str, step: str) -> None:
     """Do what is ordered for this step; usually nothing, and then it costs two failed listdir."""
     name = f"{command}.{step}"

@@ -210,7 +210,9 @@ class SectionConfig:
             if not create and options.get(key, {}).get("fixed"):
                 raise PveError(f"can't change value of fixed parameter '{key}'\n")
             checked = self.check_value(kind, key, value, skip_schema)
-            result[key] = self.decode(kind, key, checked)
+            decoded = self.decode(kind, key, checked)
+            if decoded is not None or checked is None:
+                result[key] = decoded
         if create:
             for key, option in options.items():
                 if not option.get("optional") and key not in config:

@@ -201,7 +201,10 @@ def _decode(kind: str, key: str, value: Any) -> Any:
                 err(f"storage does not support content type '{content}'\n")
         return found if isinstance(value, str) else value
     if key == "format" and value not in FORMATS.get(kind, (value, ""))[0].split():
-        err(f"storage does not support format '{value}'\n")
+        # Perl's complaint about the way that leaves the plugin's check; the value is dropped.
+        err(f"storage does not support format '{value}'\n"
+            "Exiting subroutine via next at /usr/share/perl5/PVE/Storage/Plugin.pm line 502.\n")
+        return None
     return value
 
 
@@ -439,10 +442,8 @@ def _status(scfg: Config, cache: Cache) -> tuple[int, int, int] | None:
     if scfg["type"] == "nfs" and not nfs.is_mounted(scfg["server"], scfg["export"], scfg["path"],
                                                     cache.mount_table()):
         return None
-    if scfg["type"] == "lvmthin":
-        return thin.status() if thin.group_exists(scfg) else None
-    if scfg["type"] == "lvm":
-        return None
+    if scfg["type"] in thin.TYPES:
+        return thin.status(scfg) if thin.group_exists(scfg) else None
     mountpoint = _is_mountpoint(scfg)
     if mountpoint and not os.path.ismount(mountpoint):
         return None

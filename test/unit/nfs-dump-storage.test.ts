@@ -212,6 +212,16 @@ describe("plan", () => {
     ]);
   });
 
+  it("writes down ids that were used meanwhile, with the first run that has the export at hand", () => {
+    const w = want({ vmIds: { lower: 100, upper: 200 } });
+    const claim = { lower: 100, upper: 200, machine: "m", ledger: "l", storage: "nfs-fast-dump", owner: "o/p/s/k/n" };
+    const used = { claim, usedIds: [107] };
+    const [step] = nfsDumpStorage.plan(w, have("\tcontent backup\n", used), line());
+    expect(step?.argv.slice(-5)).toEqual(["o/p/s/k/n", "100", "200", "0", "107"]);
+    const l = line({ pins: { claim: "100-200" } });
+    expect(words(w, have("\tcontent backup\n", { ...used, on: undefined }), l)).toEqual([]);
+  });
+
   it("moves: disable and unmount, then remove, then add; options need no removal", () => {
     const w = want({ export: "/other" });
     const moved = { isDeclared: false };
@@ -310,6 +320,26 @@ describe("observe", () => {
     expect(step?.argv.slice(5, 8)).toEqual(["/mnt/pve/nfs-fast-dump", "skydev:/other", "skydev:/mnt/data/pve-dump"]);
     const stranger = await nfsDumpStorage.observe(moved, line({}), node("", mounts));
     expect(() => nfsDumpStorage.plan(moved, stranger, line({}))).toThrow(/is mounted already/);
+  });
+
+  it("knows whether it was disabled before our own work disabled it", async () => {
+    const kept = (pins: Pins, finished = false): Line<Pins> => ({ ...line(pins), kept: ["disable"], finished });
+    const disabled = async (text: string, l: Line<Pins> | undefined) =>
+      (await nfsDumpStorage.observe(want({ options: "soft" }), l, node(row + text, []))).pins?.carried?.disable;
+    expect(await disabled("\tdisable\n", undefined)).toBe("1"); // adopted like that
+    expect(await disabled("\tdisable\n", kept({ source: "s", carried: { disable: "1" } }))).toBe("1");
+    expect(await disabled("\tdisable\n", kept({ source: "s" }))).toBeUndefined(); // by our own remount
+    expect(await disabled("\tdisable\n", kept({ source: "s" }, true))).toBe("1"); // by hand, since
+    // So a remount ends as it began.
+    for (const [carried, words] of [
+      [{ disable: "1" }, ["pvesm", "set", "nfs-fast-dump", "--options", "soft"]],
+      [{}, ["pvesm", "set", "nfs-fast-dump", "--options", "soft", "--delete", "disable"]],
+    ] as const) {
+      const l = kept({ source: "skydev:/mnt/data/pve-dump", carried });
+      const have = await nfsDumpStorage.observe(want({ options: "soft" }), l, node(`${row}\tdisable\n`, []));
+      const [step] = nfsDumpStorage.plan(want({ options: "soft" }), have, { ...l, pins: have.pins ?? {} });
+      expect(step?.shown).toEqual(words);
+    }
   });
 
   it("takes a storage of another kind for no object of ours", async () => {
