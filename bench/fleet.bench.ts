@@ -1,15 +1,15 @@
 // Figures of the whole Proxmox side: the example on seven nodes, one restore, many jobs on one node. Stand-ins: a real pvesm or
 // pvesh costs about a second, so that what is beyond the commands themselves weighs less on real nodes.
-import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, it } from "vitest";
-import { useProjects } from "../test/engine/project.js";
-import { useHosts } from "../test/lab/lab.js";
+import { type StackResource, useProjects } from "../test/engine/project.js";
+import { sshConfig, useHosts } from "../test/lab/lab.js";
 import { counted, good, idle, ratio, seconds, useTable } from "./figures.js";
 
 const servers = mkdtempSync(join(tmpdir(), "bench-nfs-"));
-mkdirSync(join(servers, "skydev/pve-dump"), { recursive: true });
+mkdirSync(join(servers, "skydev/mnt/data/pve-dump/dump"), { recursive: true });
 const node = { pve: true, bindRw: { [servers]: "/srv/nfs" } };
 const fleet = useHosts({ n1: node, n2: node, n3: node, n4: node, n5: node, n6: node, n7: node });
 const nodes = Object.values(fleet);
@@ -17,28 +17,33 @@ afterAll(() => rmSync(servers, { recursive: true, force: true }));
 const project = useProjects();
 const figure = useTable();
 
-/** The example of README on these nodes: range, storage, nightly job and template, each. */
-const program = () => `
-import { BackupSchedule, NfsDumpStorage, RestoredTemplate, VmIdRange } from "pulumi-vmbackup";
-${JSON.stringify(nodes.map((n) => n.connection))}.forEach((host, i) => {
-  const lower = (14 + i) * 1000 + 1;
-  const ids = new VmIdRange("ids" + i, { host, lower, upper: lower + 998 });
-  const dumps = new NfsDumpStorage("dumps" + i, { host, storageId: "nfs-fast-dump", server: "skydev", export: "/pve-dump", vmIds: ids, retention: { keepLast: 3, keepDaily: 7 } });
-  new BackupSchedule("nightly" + i, { host, schedule: "02:30", storage: dumps.storageId });
-  new RestoredTemplate("ubuntu" + i, { host, from: { storage: dumps.storageId, vmId: 107 }, to: { storage: "local" }, vmId: ids.nth(1) });
-});
-`;
+/** examples/standalone-nodes on these nodes. */
+async function example() {
+  const folder = join(__dirname, "../examples/standalone-nodes");
+  const it = await project(readFileSync(join(folder, "index.ts"), "utf8"), {
+    name: "standalone-nodes",
+    config: {
+      "vmbackup:connection": JSON.stringify({ configFile: sshConfig }),
+      "standalone-nodes:nodes": JSON.stringify(Object.fromEntries(nodes.map(({ name }, i) => [name, 14 + i]))),
+    },
+  });
+  cpSync(join(folder, "backed-up-node.ts"), join(it.folder, "backed-up-node.ts"));
+  return it;
+}
+
+/** What is ours in a state, as an export shows it: the rest is Pulumi's (URNs, dependencies, the program's stack trace). */
+const bytes = ({ inputs, outputs }: StackResource) => Buffer.byteLength(JSON.stringify({ inputs, outputs }));
 
 describe("the fleet", () => {
   beforeAll(async () => {
     // A dump of guest 107, made elsewhere and copied into the shared directory, as in job 1.
     await fleet.n1.ssh(
-      "set -e; qm create 107 --name ubuntu --memory 512 --scsi0 local:1 >/dev/null; mkdir -p /srv/nfs/skydev/pve-dump/dump; vzdump 107 --dumpdir /srv/nfs/skydev/pve-dump/dump --compress zstd >/dev/null; qm destroy 107 >/dev/null",
+      "set -e; qm create 107 --name ubuntu --memory 512 --scsi0 local:1 >/dev/null; vzdump 107 --dumpdir /srv/nfs/skydev/mnt/data/pve-dump/dump --compress zstd >/dev/null; qm destroy 107 >/dev/null",
     );
   });
 
   it("takes the example up, looks, refreshes and destroys it", async () => {
-    const ours = await project(program());
+    const ours = await example();
     const none = await project(idle(28));
     const everywhere = (command: string) =>
       Promise.all(nodes.map((n, i) => n.ssh(command.replaceAll("ID", String((14 + i) * 1000 + 1)))));
@@ -70,14 +75,16 @@ describe("the fleet", () => {
       "create",
       async () => good(await ours.up(...wide)),
       async () => good(await none.up(...wide)),
-      "set -e; echo pvesh set /cluster/options; pvesm add nfs loop --server skydev --export /pve-dump --content backup; pvesh create /cluster/backup --id loop --schedule 02:30 --storage loop --all 1; qmrestore $(pvesm list loop --vmid 107 | awk 'NR==2{print $1}') 9000 --storage local --unique 1; qm template 9000",
+      "set -e; pvesh set /cluster/options --next-id lower=ID,upper=$((ID+999)); pvesm add nfs loop --server skydev --export /mnt/data/pve-dump --content backup; pvesh create /cluster/backup --id loop --schedule 02:30 --storage loop --all 1; qmrestore $(pvesm list loop --vmid 107 | awk 'NR==2{print $1}') 9000 --storage local --unique 1; qm template 9000",
     );
-    for (const resource of (await ours.resources()).slice(0, 4))
-      figure({
-        what: `bytes in the state: ${resource.type.split(":").pop()}`,
-        value: String(Buffer.byteLength(JSON.stringify(resource))),
-        goal: "2048",
-      });
+    const largest = new Map<string, number>();
+    for (const resource of await ours.resources()) {
+      const kind = resource.type.split(":").at(-1) ?? "";
+      if (resource.type.startsWith("pulumi-nodejs:"))
+        largest.set(kind, Math.max(largest.get(kind) ?? 0, bytes(resource)));
+    }
+    for (const [kind, most] of largest)
+      figure({ what: `bytes in the state, inputs and outputs: ${kind}`, value: String(most), goal: "2048" });
     const look = await counted(fleet.n2, async () => good(await ours.preview("--expect-no-changes")));
     figure({ what: "no-op preview: commands per node", value: String(look.commands), goal: "0" });
     await measure(
@@ -90,7 +97,7 @@ describe("the fleet", () => {
       "destroy",
       async () => good(await ours.destroy(...wide)),
       async () => good(await none.destroy(...wide)),
-      "set -e; qm destroy 9000; pvesh delete /cluster/backup/loop; pvesm remove loop; umount /mnt/pve/loop",
+      "set -e; qm destroy 9000; pvesh delete /cluster/backup/loop; pvesm remove loop; umount /mnt/pve/loop; pvesh set /cluster/options --delete next-id",
     );
   }, 1_800_000);
 
@@ -99,7 +106,7 @@ describe("the fleet", () => {
 import { RestoredTemplate } from "pulumi-vmbackup";
 new RestoredTemplate("one", { host: ${JSON.stringify(fleet.n1.connection)}, from: { storage: "dumps", vmId: 107 }, to: { storage: "local" }, vmId: 9100, template: false, onDelete: "destroy", verify: ${verify} });
 `;
-    await fleet.n1.ssh("pvesm add nfs dumps --server skydev --export /pve-dump --content backup");
+    await fleet.n1.ssh("pvesm add nfs dumps --server skydev --export /mnt/data/pve-dump --content backup");
     const none = await project(idle(1));
     for (const verify of [true, false]) {
       const ours = await project(one(verify));

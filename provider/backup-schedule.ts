@@ -5,11 +5,12 @@
 // guests (PVE/API2/Backup.pm: update_job).
 import { createHash } from "node:crypto";
 import * as z from "zod";
-import { clockChanges, parseEvent, sameEvent, schedule, timeZone } from "./calendar-event.js";
-import type { Definition, Observed, Step } from "./engine.js";
+import { askStatus, type Status } from "./backup-schedule-status.js";
+import { clockChanges, nextOnTheWall, parseEvent, sameEvent, schedule, timeZone } from "./calendar-event.js";
+import type { Definition, Observed, Purpose, Step } from "./engine.js";
 import { same } from "./engine-values.js";
-import { CommandFailed, Refused } from "./errors.js";
-import type { Host, Report } from "./host.js";
+import { Refused } from "./errors.js";
+import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
 import type { Line } from "./host-ledger.js";
 import * as pve from "./pve.js";
@@ -150,6 +151,7 @@ const OPTIONS = {
   pbsChangeDetectionMode: oneOf("pbs-change-detection-mode", "legacy", "data", "metadata"),
 } satisfies Record<string, Option>;
 type OptionName = keyof typeof OPTIONS;
+const optionNames = Object.keys(OPTIONS) as OptionName[];
 
 interface VzdumpOptions extends Partial<Record<OptionName, unknown>> {
   protected?: boolean;
@@ -232,17 +234,31 @@ function markOf(owner: string): string {
 
 function unmarked(found: string | undefined): { comment: string | undefined; owner: string | undefined } {
   const [, said = found, name] = /^(?:(.*?) ?)\[pulumi-vmbackup ([^\]]*)\]$/.exec(found ?? "") ?? [];
-  return { comment: said || undefined, owner: name === undefined ? undefined : decodeURIComponent(name) };
+  return { comment: said || undefined, owner: name === undefined ? undefined : decoded(name) };
 }
+
+function decoded(name: string): string {
+  try {
+    return decodeURIComponent(name);
+  } catch {
+    return name; // no mark of ours
+  }
+}
+
+/** A long owner stands in its mark as a hash, so that marks are compared, not owners. */
+const isMarked = (job: pve.BackupJob, owner: string) => job.comment?.endsWith(markOf(owner)) === true;
 
 // ---------------------------------------------------------------- a job's settings, as we want them and as Proxmox prints them
 
 /** By Proxmox's name; what is not there is left to Proxmox. */
 type Settings = Record<string, unknown>;
 
-/** A field that adoption left as it was, and that the program still does not declare. */
-const isKept = (field: keyof Want, want: Want, line: Line | undefined) =>
-  want[field] === undefined && line?.kept.includes(field) === true;
+/** What adoption left as it was, and the program still does not declare: an input, or one option of `vzdump`. */
+function isKept(path: string, want: Want, line: Line | undefined): boolean {
+  const [field, option] = path.split(".") as [keyof Want, OptionName?];
+  if (want[field] === undefined && line?.kept.includes(field)) return true;
+  return option !== undefined && want.vzdump?.[option] === undefined && line?.kept.includes(path) === true;
+}
 
 function declared(want: Want): Settings {
   const settings: Settings = {
@@ -257,7 +273,17 @@ function declared(want: Want): Settings {
   return settings;
 }
 
-const optionNames = Object.keys(OPTIONS) as OptionName[];
+/** The input that a setting of Proxmox comes from. */
+const PATHS: Record<string, string> = {
+  schedule: "schedule",
+  storage: "storage",
+  enabled: "enabled",
+  "repeat-missed": "catchUp",
+  guests: "guests",
+  "prune-backups": "retention",
+  ...Object.fromEntries(optionNames.map((name) => [OPTIONS[name].key, `vzdump.${name}`])),
+};
+const pathOf = (key: string) => PATHS[key] ?? key;
 
 function printed(job: pve.BackupJob): Settings {
   const settings: Settings = {
@@ -318,7 +344,7 @@ interface Have extends Observed<never> {
   comment: string | undefined;
   /** What a change is checked against; asked when there is one to make. */
   node?: NodeFacts;
-  /** Not asked between the steps of a change. */
+  /** Asked when it is told: of what is settled, and by a read. */
   status?: Status;
   zone?: string;
 }
@@ -327,33 +353,62 @@ interface NodeFacts {
   name: string;
   nodes: string[];
   storages: pve.Storage[];
+  /** Asked for where the program names some. */
   guests: pve.Guest[];
   pools: string[];
+  /** Asked at adoption only: the backups that the declared retention would remove at the job's next run. */
+  pruned: string[];
 }
 
-async function observe(want: Want, line: Line | undefined, host: Host): Promise<Have> {
+async function observe(want: Want, line: Line | undefined, host: Host, purpose?: Purpose): Promise<Have> {
   const jobs = await host.ask(pve.backupJobs);
   const job = jobs.find(({ id }) => id === want.name);
   const { comment, owner } = unmarked(job?.comment);
-  const have: Have = { exists: job !== undefined, job, comment, owner };
-  const settled = job !== undefined && Object.keys(changes(want, have, line)).length === 0;
-  if (!settled) have.node = await askNode(want, host);
-  // Not between the steps of a change. Without a line, a create may adopt what it found, or `.get` looks.
-  if (job !== undefined && (settled || line === undefined || line.finished))
-    [have.status, have.zone] = await Promise.all([askStatus(job, host), host.ask(timeZone)]);
+  const isOurs = job !== undefined && line !== undefined && isMarked(job, line.owner);
+  const have: Have = { exists: job !== undefined, job, comment, owner: isOurs ? line.owner : owner };
+  const due = changes(want, have, line);
+  const settled = job !== undefined && Object.keys(due).length === 0;
+  if (purpose === "plan" && !settled) {
+    have.node = await askNode(want, host);
+    if (want.adopt && job !== undefined && !isOurs && due["prune-backups"] !== undefined)
+      have.node.pruned = await askPruned(want, job, have.node, host);
+  }
+  if (job !== undefined && (purpose === "plan" ? settled : purpose === "tell"))
+    [have.status, have.zone] = await Promise.all([
+      askStatus(job, host),
+      purpose === "plan" ? host.ask(timeZone) : undefined,
+    ]);
   return have;
 }
 
 async function askNode(want: Want, host: Host): Promise<NodeFacts> {
   const selectsPool = typeof want.guests === "object" && "pool" in want.guests;
   const [{ node: name }, nodes, storages, guests, pools] = await Promise.all([
-    host.ask(pve.cluster),
+    host.ask(pve.datacenter),
     want.vzdump?.node === undefined ? [] : host.ask(pve.nodes),
     host.ask(pve.storages),
-    host.ask(pve.guests),
+    Array.isArray(want.guests) ? host.ask(pve.guests) : [],
     selectsPool ? host.ask(pve.pools) : [],
   ]);
-  return { name, nodes: nodes.length === 0 ? [name] : nodes, storages, guests, pools };
+  return { name, nodes: nodes.length === 0 ? [name] : nodes, storages, guests, pools, pruned: [] };
+}
+
+/** Of the guests that the job is for: a run prunes no others. */
+async function askPruned(want: Want, job: pve.BackupJob, node: NodeFacts, host: Host): Promise<string[]> {
+  if (want.retention === undefined || storageTrouble(want.storage, "backup", node.storages, node.name) !== undefined)
+    return [];
+  const selected = (want.guests ?? selectionOf(job)) as Guests;
+  const isFor = ({ vmid, pool }: pve.Guest) => {
+    if (selected === "all") return true;
+    if (Array.isArray(selected)) return selected.includes(vmid);
+    return "pool" in selected ? pool === selected.pool : !selected.allExcept.includes(vmid);
+  };
+  const [guests, doomed] = await Promise.all([
+    host.ask(pve.guests),
+    host.ask(pve.wouldPrune(want.storage, pve.pruneBackups(want.retention))),
+  ]);
+  const ids = guests.filter(isFor).map(({ vmid }) => vmid);
+  return doomed.filter(({ vmid }) => vmid === undefined || ids.includes(vmid)).map(({ volid }) => volid);
 }
 
 // ---------------------------------------------------------------- plan and remove
@@ -364,6 +419,7 @@ const WHAT_NEXT =
 function plan(want: Want, have: Have, line: Line): Step[] {
   const due = changes(want, have, line);
   if (Object.keys(due).length === 0) return [];
+  if (due.schedule !== undefined) checkSchedule(want.schedule);
   if (Object.keys(due).some((key) => key !== "comment")) checkNode(want, have); // a new owner's mark needs none of it
   const { job } = have;
   const given = (settings: Settings) =>
@@ -413,7 +469,7 @@ function changes(want: Want, have: Have, line: Line | undefined): Settings {
   const found: Settings = have.job === undefined ? { "repeat-missed": false } : printed(have.job);
   const due = Object.fromEntries(
     Object.entries(declared(want)).filter(
-      ([key, value]) => !isKept(fieldOf(key), want, line) && !isSetting(key, value, found[key]),
+      ([key, value]) => !isKept(pathOf(key), want, line) && !isSetting(key, value, found[key]),
     ),
   );
   // Of a storage and a directory vzdump would take neither.
@@ -426,17 +482,14 @@ function changes(want: Want, have: Have, line: Line | undefined): Settings {
   return due;
 }
 
-/** The input that a setting of Proxmox comes from. */
-function fieldOf(key: string): keyof Want {
-  const fields: Record<string, keyof Want> = {
-    schedule: "schedule",
-    storage: "storage",
-    enabled: "enabled",
-    "repeat-missed": "catchUp",
-    guests: "guests",
-    "prune-backups": "retention",
-  };
-  return fields[key] ?? "vzdump";
+/** A date that has passed is no fault of the program's text, so it does not stop a preview; a job of it would never run. */
+function checkSchedule(text: string): void {
+  const yesterday = Date.now() / 1000 - 86_400; // somewhere on earth it is not over yet
+  if (nextOnTheWall(parseEvent(text), yesterday) !== undefined) return;
+  throw new Refused({
+    what: `schedule: the last date of ${JSON.stringify(text)} has passed, and the job would never run.`,
+    next: "Name a date to come, or none. Nothing was changed.",
+  });
 }
 
 /** What Proxmox does not check, and what it says in words that nobody understands (a missing pool is a lack of permission). */
@@ -459,183 +512,54 @@ function checkNode(want: Want, { node }: Have): void {
   }
   if (typeof want.guests === "object" && "pool" in want.guests && !node.pools.includes(want.guests.pool))
     throw refused(`guests.pool: there is no pool ${want.guests.pool} on ${name}`, node.pools);
+  if (node.pruned.length > 0)
+    throw new Refused({
+      what: `Unable to adopt the backup job ${want.name}. retention: its next run would remove ${shortened(node.pruned).join(", ")}.`,
+      next: "Declare a retention that keeps them, or none (the job keeps its own); once the job is adopted, another one can be declared. Nothing was changed.",
+    });
 }
 
 function checkStorage(property: string, id: string, content: string, storages: pve.Storage[], node: string): void {
-  const storage = storages.find((s) => s.storage === id);
+  const trouble = storageTrouble(id, content, storages, node);
   const takes = storages.filter((s) => s.content?.includes(content)).map((s) => s.storage);
-  if (storage === undefined) throw refused(`${property}: there is no storage ${id}`, takes);
+  if (trouble !== undefined) throw refused(`${property}: ${trouble}`, takes);
+}
+
+/** Why a storage cannot be used for something. */
+function storageTrouble(id: string, content: string, storages: pve.Storage[], node: string): string | undefined {
+  const storage = storages.find((s) => s.storage === id);
+  if (storage === undefined) return `there is no storage ${id}`;
   if (!storage.content?.includes(content))
-    throw refused(
-      `${property}: the storage ${id} takes no ${content === "backup" ? "backups" : content} (it takes ${storage.content?.join(", ")})`,
-      takes,
-    );
-  if (storage.disable) throw refused(`${property}: the storage ${id} is disabled`, takes);
+    return `the storage ${id} takes no ${content === "backup" ? "backups" : content} (it takes ${storage.content?.join(", ")})`;
+  if (storage.disable) return `the storage ${id} is disabled`;
   if (storage.nodes !== undefined && !storage.nodes.includes(node))
-    throw refused(
-      `${property}: the storage ${id} is not for the node ${node} (only for ${storage.nodes.join(", ")})`,
-      takes,
-    );
+    return `the storage ${id} is not for the node ${node} (only for ${storage.nodes.join(", ")})`;
+  return undefined;
 }
 
 function refused(what: string, there: string[]): Refused {
-  const some = there.length > 20 ? [...there.slice(0, 20), "..."] : there;
   return new Refused({
     what: `${what}.`,
-    next: `There ${some.length === 1 ? "is" : "are"} ${some.join(", ") || "none"}. Nothing was changed.`,
+    next: `There ${there.length === 1 ? "is" : "are"} ${shortened(there).join(", ") || "none"}. Nothing was changed.`,
   });
 }
 
+const shortened = (list: string[]) => (list.length > 20 ? [...list.slice(0, 20), "..."] : list);
+
 function remove(have: Have, line: Line): Step[] {
   // Somebody may have made another job of this name since.
-  if (have.job === undefined || (have.owner !== undefined && have.owner !== line.owner)) return [];
+  if (have.job === undefined || (have.owner !== undefined && !isMarked(have.job, line.owner))) return [];
   const { id } = have.job;
   return [write(`delete the backup job ${id}`, ["pvesh", "delete", `/cluster/backup/${id}`])];
 }
 
-// ---------------------------------------------------------------- status
-
-interface Status {
-  nextRun?: string;
-  lastRun?: { startedAt: string; finishedAt?: string; result: "ok" | "failed" | "running"; message?: string };
-  covered: number;
-  uncovered: { guest: string; reason: string }[];
-  stalest?: { guest: string; newestBackup?: string };
-}
-
-const MOST = 20;
-const time = (seconds: number) => new Date(seconds * 1000).toISOString();
-
-async function askStatus(job: pve.BackupJob, host: Host): Promise<Status> {
-  const [included, guests, runs, dumps] = await Promise.all([
-    host.ask(pve.includedVolumes(job.id)),
-    host.ask(pve.guests),
-    host.ask(lastRuns),
-    job.storage === undefined ? undefined : askDumps(job.storage, host),
-  ]);
-  const covered = included.filter((guest) => guest.type !== "unknown" && guest.children.every((v) => v.included));
-  const status: Status = { covered: covered.length, uncovered: uncovered(job, included, guests).slice(0, MOST) };
-  const next = job.enabled ? job["next-run"] : undefined;
-  if (next) status.nextRun = time(next);
-  const last = runs.get(job.id);
-  if (last !== undefined) status.lastRun = last;
-  const oldest = dumps && stalest(covered, dumps);
-  if (oldest !== undefined) status.stalest = oldest;
-  return status;
-}
-
-/** undefined: the storage does not answer, so nothing is known of its dumps. */
-async function askDumps(storage: string, host: Host): Promise<pve.Volume[] | undefined> {
-  try {
-    return await host.ask(pve.contentOf(storage, "backup"));
-  } catch (error) {
-    if (error instanceof CommandFailed) return undefined;
-    throw error;
-  }
-}
-
-const called = (id: number, name: string | undefined) => (name ? `${id} (${name})` : String(id));
-
-function uncovered(job: pve.BackupJob, included: pve.Included[], guests: pve.Guest[]): Status["uncovered"] {
-  const dead = included
-    .filter(({ type }) => type === "unknown")
-    .map(({ id }) => ({ guest: String(id), reason: "does not exist: every run fails for it" }));
-  const disks = included.flatMap(({ id, name, children }) =>
-    children
-      .filter((volume) => !volume.included)
-      .map((volume) => ({ guest: `${called(id, name)} ${volume.id.replace(/^.*:/, "")}`, reason: volume.reason })),
-  );
-  const others = guests
-    .filter(({ vmid, node }) => !included.some(({ id }) => id === vmid) && (job.node ?? node) === node)
-    .sort((a, b) => a.vmid - b.vmid)
-    .map(({ vmid, name }) => ({ guest: called(vmid, name), reason: "not among the guests of this schedule" }));
-  return [...dead, ...disks, ...others];
-}
-
-function stalest(covered: pve.Included[], dumps: pve.Volume[]): Status["stalest"] {
-  const newest = covered.map(({ id, name }) => {
-    const times = dumps.filter(({ vmid }) => vmid === id).map(({ ctime }) => ctime ?? 0);
-    return { guest: called(id, name), at: Math.max(0, ...times) };
-  });
-  const [oldest] = newest.sort((a, b) => a.at - b.at);
-  if (oldest === undefined) return undefined;
-  return { guest: oldest.guest, ...(oldest.at > 0 && { newestBackup: time(oldest.at) }) };
-}
-
-// pvescheduler keeps one file for each job (PVE/Jobs.pm), with the task of its last run on this node; the end of a task stands in
-// the task's log. A run by hand ("Run now") is no run of the schedule, and is not there.
-const RUNS = `for f in /var/lib/pve-manager/jobs/vzdump-*.json; do
-  [ -e "$f" ] || continue
-  id=\${f##*/vzdump-}
-  printf 'job %s %s\\n' "\${id%.json}" "$(tr -d '\\n' <"$f")"
-  upid=$(grep -o 'UPID:[^"]*' "$f") || continue
-  ifs=$IFS; IFS=:; set -f; set -- $upid; IFS=$ifs; set +f
-  log=/var/log/pve/tasks/\${5#"\${5%?}"}/$upid
-  if [ "$(awk '{ sub(/^.*\\) /, ""); print $20 }' "/proc/$((0x$3))/stat" 2>/dev/null)" = "$((0x$4))" ]; then
-    printf 'running %s\\n' "$upid"
-  elif [ -e "$log" ]; then
-    printf 'ended %s %s %s\\n' "$upid" "$(stat -c %Y "$log")" "$(tail -n 1 "$log")"
-  fi
-done`;
-
-const jobState = z.looseObject({
-  state: z.string(),
-  upid: z.string().optional(),
-  msg: z.string().optional(),
-  time: z.number().optional(),
-});
-
-/** The last run of each job, by job id. */
-const lastRuns: Report<ReadonlyMap<string, NonNullable<Status["lastRun"]>>> = {
-  why: "read the last runs of the backup jobs",
-  argv: ["sh", "-c", RUNS],
-  shown: ["cat", "/var/lib/pve-manager/jobs/vzdump-*.json"],
-  parse: (stdout) => {
-    const lines = stdout.split("\n").map((row) => row.split(" "));
-    const states = lines.filter(([word]) => word === "job").map(([, id, ...json]) => [id, JSON.parse(json.join(" "))]);
-    const running = lines.filter(([word]) => word === "running").map(([, upid]) => upid);
-    const ended = lines
-      .filter(([word]) => word === "ended")
-      .map(([, upid, at, ...last]) => [upid, { at: Number(at), last: last.join(" ") }]);
-    return { states, running, ended: Object.fromEntries(ended) };
-  },
-  answer: z
-    .object({
-      states: z.array(z.tuple([z.string(), jobState])),
-      running: z.array(z.string()),
-      ended: z.record(z.string(), z.object({ at: z.number(), last: z.string() })),
-    })
-    .transform(({ states, running, ended }) => {
-      const runs = new Map<string, NonNullable<Status["lastRun"]>>();
-      for (const [id, state] of states) {
-        const { upid, msg } = state;
-        if (upid === undefined) {
-          // Not even a task: vzdump refused, e.g. because of a missing storage.
-          if (state.state === "stopped" && msg !== undefined && msg !== "OK" && state.time !== undefined)
-            runs.set(id, { startedAt: time(state.time), result: "failed", message: msg.trim() });
-          continue;
-        }
-        const startedAt = time(Number.parseInt(upid.split(":")[4] ?? "0", 16));
-        const end = ended[upid];
-        if (running.includes(upid)) runs.set(id, { startedAt, result: "running" });
-        else runs.set(id, { startedAt, ...(end && { finishedAt: time(end.at) }), ...outcome(end?.last ?? msg) });
-      }
-      return runs;
-    }),
-};
-
-function outcome(last: string | undefined): { result: "ok" | "failed"; message?: string } {
-  const said = (last ?? "").replace(/^TASK (ERROR: )?/, "").trim();
-  if (said === "OK") return { result: "ok" };
-  if (said.startsWith("WARNINGS")) return { result: "ok", message: said };
-  if (last?.startsWith("TASK ERROR")) return { result: "failed", message: said };
-  return { result: "failed", message: "it ended without a result: it was killed, or the node went down" };
-}
-
 // ---------------------------------------------------------------- outputs
 
-function facts(_want: Want, have: Have): Record<string, unknown> {
-  return { status: { asOf: new Date().toISOString(), ...(have.status ?? { covered: 0, uncovered: [] }) } };
+function facts(_want: Want, { job, status }: Have): Record<string, unknown> {
+  return {
+    status: { asOf: new Date().toISOString(), ...(status ?? { covered: 0, uncovered: [] }) },
+    isEnabled: job?.enabled,
+  };
 }
 
 /** Also fields that the program leaves to their default, when somebody changed them; not what adoption left alone. */
@@ -646,23 +570,25 @@ function asFound(want: Want, have: Have, line: Line): Want {
   const isDefault: Settings = { enabled: true, "repeat-missed": false, guests: "all" };
   const fields: Record<string, unknown> = { ...want };
   for (const [key, value] of Object.entries(declared(want))) {
-    const field = fieldOf(key);
-    if (field === "vzdump" || isKept(field, want, line) || isSetting(key, value, found[key])) continue;
+    const path = pathOf(key);
+    if (path.includes(".") || isKept(path, want, line) || isSetting(key, value, found[key])) continue;
+    const field = path as keyof Want;
     fields[field] = same(found[key], isDefault[key]) && want[field] === undefined ? undefined : found[key];
   }
-  if (!isKept("vzdump", want, line)) fields.vzdump = vzdumpFound(want, found);
+  const options = optionsFound(found, (name) => !isKept(`vzdump.${name}`, want, line));
+  fields.vzdump = Object.keys({ ...options, ...want.vzdump }).length === 0 ? want.vzdump : options;
   if (!isKept("comment", want, line)) fields.comment = have.comment;
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== undefined)) as Want;
 }
 
-function vzdumpFound(want: Want, found: Settings): unknown {
-  const options = Object.fromEntries(
-    optionNames.flatMap((name) => {
-      const value = found[OPTIONS[name].key];
-      return value === undefined ? [] : [[name, value]];
-    }),
-  );
-  return Object.keys(options).length === 0 && Object.keys(want.vzdump ?? {}).length === 0 ? want.vzdump : options;
+function optionsFound(found: Settings, which: (name: OptionName) => boolean): Record<string, unknown> {
+  const there = optionNames.filter((name) => found[OPTIONS[name].key] !== undefined && which(name));
+  return Object.fromEntries(there.map((name) => [name, found[OPTIONS[name].key]]));
+}
+
+/** Options of vzdump that an adopted job has: each is the program's only when it is declared. */
+function keeps(_want: Want, { job }: Have): string[] {
+  return job === undefined ? [] : Object.keys(optionsFound(printed(job), () => true)).map((name) => `vzdump.${name}`);
 }
 
 export const backupSchedule: Definition<Want, Have, never> = {
@@ -701,9 +627,9 @@ export const backupSchedule: Definition<Want, Have, never> = {
   remove,
   facts,
   asFound,
+  keeps,
   warnings: (want, have) => {
-    const hit =
-      have.zone && want.enabled !== false && clockChanges(parseEvent(want.schedule), have.zone, Date.now() / 1000);
+    const hit = have.zone && have.job?.enabled && clockChanges(parseEvent(want.schedule), have.zone, Date.now() / 1000);
     return hit ? [hit] : [];
   },
 };

@@ -15,8 +15,12 @@ import { fenced, forget, type Line, type Memory, memory } from "./host-ledger.js
 export interface Step extends Command {
   /** Observe before going on to the next step of the plan. */
   look?: true;
+  /** Of a removal: reads back that nothing is left, so that the ledger's line goes in the same command. */
+  last?: true;
   /** Long work: a unit on the host that outlives the connection, joined by whoever plans the same; then observe. */
   job?: true;
+  /** Something was removed for it: when it fails it is Unfinished. */
+  halfway?: true;
 }
 
 /** A rule over several inputs, run by check as soon as all of them are known and valid. */
@@ -58,21 +62,30 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
    */
   choose?(want: W, host: Host, found: Memory, owner: string): Promise<string | undefined>;
   /**
-   * Looks, and changes nothing. `line` is what the ledger says; `pins` of it may come from the state. `planning`: a plan may
-   * follow; otherwise nothing has to be chosen.
+   * Looks, and changes nothing. `line` is what the ledger says; `pins` of it may come from the state.
    */
-  observe(want: W, line: Line<P> | undefined, host: Host, planning?: boolean): Promise<H>;
+  observe(want: W, line: Line<P> | undefined, host: Host, purpose?: Purpose): Promise<H>;
   /** The steps from what is there to what is wanted; [] = settled. Pure. Throws Refused or Conflict. */
   plan(want: W, have: H, line: Line<P>): Step[];
   /** The steps that remove what is ours; [] = nothing of ours is there. Pure. Throws Refused. */
   remove(have: H, line: Line<P>): Step[];
+  /** What a removal has left on purpose: told to whoever asked for it. */
+  left?(have: H, line: Line<P>): string | undefined;
   /** Outputs besides the inputs: facts at top level, and what moves by itself in `status`. */
   facts(want: W, have: H, line: Line<P>): Fields;
   /** The declared inputs as the host has them: where they differ, the program drifted. */
   asFound(want: W, have: H, line: Line<P>): W;
+  /** What adoption leaves alone besides the inputs that are not declared: settings within one that is, as "vzdump.zstd". */
+  keeps?(want: W, have: H): string[];
   /** What the reader of a successful create or update should know; not an error. */
   warnings?(want: W, have: H): string[];
 }
+
+/**
+ * What an observation is for, so that no more is asked than is needed. "plan": a plan may follow, and `facts` when it is empty.
+ * "tell": only `facts` follow; nothing has to be chosen. "look": neither; whether it is there, whose it is, what to remove.
+ */
+export type Purpose = "plan" | "tell" | "look";
 
 // biome-ignore lint/suspicious/noExplicitAny: a list of definitions forgets what each one wants, has and pins
 export type AnyDefinition = Definition<any, any, any>;
@@ -158,6 +171,13 @@ export function migrated(definition: AnyDefinition, state: Fields): Fields {
   return now;
 }
 
+/** Those of the paths ("retention", "vzdump.zstd") that the program says nothing of. */
+function undeclared(paths: readonly string[] | undefined, want: Fields): string[] {
+  const at = (path: string) =>
+    path.split(".").reduce<unknown>((value, key) => (value as Fields | undefined)?.[key], want);
+  return (paths ?? []).filter((path) => at(path) === undefined);
+}
+
 /** Only the fields that the resource takes as inputs; undefined ones dropped. */
 export function declaredOf(definition: AnyDefinition, properties: Fields): Fields {
   const names = Object.keys(definition.inputs.shape);
@@ -205,11 +225,11 @@ export class Engine {
     let line = remembered;
     // A definition that chooses learns from the line what was chosen.
     const blank = this.#definition.choose === undefined ? undefined : this.#lineFrom(id, {});
-    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host, true);
+    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host, "plan");
     if (line?.finished && !have.exists) {
       // What the line tells of is gone, and nobody is at work on it: the name is free again.
       line = undefined;
-      have = await this.#definition.observe(want, blank, host, true);
+      have = await this.#definition.observe(want, blank, host, "plan");
     }
     const adopted = this.#mayTake(id, hidden.__owner, want.adopt === true, line, have);
     const task: Task<Fields, unknown> = {
@@ -222,7 +242,7 @@ export class Engine {
       began: false,
       line: {
         ...(line ?? { v: 1, kind: this.#definition.kind, identity: id, kept: [] }),
-        kept: adopted ? this.#undeclared(want) : (line?.kept ?? []).filter((field) => want[field] === undefined),
+        kept: adopted ? this.#undeclared(want, have) : undeclared(line?.kept, want),
         owner: hidden.__owner,
         incarnation: newIncarnation(),
         finished: false,
@@ -237,11 +257,8 @@ export class Engine {
     const before = split(migrated(this.#definition, olds)).hidden;
     const { inputs, hidden } = split(news);
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.update);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, before.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, found, line } = await this.#open(id, want, before);
     this.#mine(id, line, before);
     const task: Task<Fields, unknown> = {
       host,
@@ -253,13 +270,13 @@ export class Engine {
       began: false,
       line: {
         ...(line ?? this.#lineFrom(id, before)),
-        kept: (line?.kept ?? before.__kept ?? []).filter((field) => want[field] === undefined),
+        kept: undeclared(line?.kept ?? before.__kept, want),
         owner: hidden.__owner,
       } as Line,
     };
     if (line === undefined) {
       // The ledger was lost, or the object was removed with it: only an object that still carries our mark is ours.
-      const have = await this.#definition.observe(want, task.line, host, false);
+      const have = await this.#definition.observe(want, task.line, host, "look");
       if (have.exists && have.owner !== before.__owner && have.owner !== hidden.__owner)
         throw this.#conflict(id, have.owner);
     }
@@ -276,11 +293,9 @@ export class Engine {
     const want: Fields = isGet
       ? { host: inputs.host, ...this.#definition.fromId(id) }
       : declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
-    const found = await memory(host);
-    if (!isGet) checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id) ?? (isGet ? undefined : this.#lineFrom(id, hidden));
-    const have = await this.#definition.observe(want, line, host, false);
+    const { host, found, line } = await this.#open(id, want, hidden);
+    const known = line ?? this.#lineFrom(id, hidden);
+    const have = await this.#definition.observe(want, isGet ? line : known, host, "tell");
     if (!have.exists && have.lost === undefined) {
       if (!isGet) return { props: {} };
       throw new Refused({
@@ -288,7 +303,6 @@ export class Engine {
         next: "`.get` looks at something that is there: check the id and the host, or create it.",
       });
     }
-    const known = line ?? this.#lineFrom(id, hidden);
     if (have.pins !== undefined) known.pins = have.pins;
     const foundInputs = this.#definition.asFound(want, have, known);
     const props = this.#outputs(foundInputs, hidden, have, known, found);
@@ -302,13 +316,10 @@ export class Engine {
     const { inputs, hidden } = split(state);
     if (hidden.__v === undefined) return; // read by `.get`: never ours
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.delete);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, line } = await this.#open(id, want, hidden);
     if (line === undefined || line.owner !== hidden.__owner || line.incarnation !== hidden.__incarnation) {
-      const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, false);
+      const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, "look");
       if (have.exists) {
         const whose = line?.owner ?? have.owner;
         console.log(
@@ -321,17 +332,35 @@ export class Engine {
     // What a command that was left over is still making is not there yet: wait for its lock before looking.
     if (!line.finished) await fenced(host, line, line.incarnation);
     for (;;) {
-      const have = await this.#definition.observe(want, line, host, false);
+      const have = await this.#definition.observe(want, line, host, "look");
       const steps = this.#definition.remove(have, line);
-      if (steps.length === 0) break;
+      if (steps.length === 0) {
+        const left = this.#definition.left?.(have, line);
+        if (left !== undefined) console.log(`${this.#definition.kind} ${id} on ${host.name}: ${left}`);
+        break;
+      }
       last = this.#progress(id, last, steps, host);
       for (const step of steps) {
-        await fenced(host, line, line.incarnation, inTime(step, deadline, this.#definition.kind, id));
+        const timed = inTime(step, deadline, this.#definition.kind, id);
+        if (step.last) return await forget(host, line, timed);
+        await fenced(host, line, line.incarnation, timed);
         if (step.look) break;
       }
     }
     await forgetJob(host, line);
     await forget(host, line);
+  }
+
+  /** What the ledger of the host says of the object, once it is known to be the machine that the state was made on. */
+  async #open(
+    id: string,
+    want: Fields,
+    before: Hidden,
+  ): Promise<{ host: Host; found: Memory; line: Line | undefined }> {
+    const host = this.#connect(want.host);
+    const found = await memory(host);
+    checkMachine(this.#definition.kind, id, before.__machine, found, host);
+    return { host, found, line: lineOf(found, this.#definition.kind, id) };
   }
 
   // ---------------------------------------------------------------- the loop
@@ -359,7 +388,7 @@ export class Engine {
     const was = plain(lineOf(task.memory, line.kind, line.identity));
     let last = "";
     for (let next = seen; ; next = undefined) {
-      const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host, true));
+      const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host, "plan"));
       if (have.pins !== undefined) line.pins = plain(have.pins);
       const steps = this.#definition.plan(want, have, line);
       if (steps.length === 0) {
@@ -388,7 +417,7 @@ export class Engine {
     } catch (error) {
       // A first step that failed and left nothing is no half-made resource: nothing is owed to anybody.
       if (fresh && error instanceof CommandFailed) {
-        const now = await this.#definition.observe(task.want, task.line, task.host, false);
+        const now = await this.#definition.observe(task.want, task.line, task.host, "look");
         if (!now.exists) {
           await forgetJob(task.host, task.line);
           await forget(task.host, task.line);
@@ -466,8 +495,9 @@ export class Engine {
     });
   }
 
-  #undeclared(want: Fields): string[] {
-    return Object.keys(this.#definition.inputs.shape).filter((field) => want[field] === undefined && field !== "adopt");
+  #undeclared(want: Fields, have: Observed<unknown>): string[] {
+    const fields = Object.keys(this.#definition.inputs.shape).filter((field) => field !== "adopt");
+    return undeclared([...fields, ...(this.#definition.keeps?.(want, have) ?? [])], want);
   }
 
   #lineFrom(id: string, hidden: Partial<Hidden>): Line {

@@ -23,7 +23,16 @@ import {
   probe,
   sourceOf,
 } from "./nfs-export.js";
-import { properties, pvesh, type Section, type StorageState, sections, storageStates, type VmIds } from "./pve.js";
+import {
+  properties,
+  type Section,
+  type StorageState,
+  sections,
+  settledStates,
+  storageStates,
+  type VmIds,
+  wouldPrune,
+} from "./pve.js";
 
 /** What was seen once, or must survive a removal and re-adding in between. */
 export interface Pins {
@@ -156,21 +165,6 @@ function fleecing(text: string | undefined): string | undefined {
   return text === undefined ? undefined : properties(text, "enabled").storage;
 }
 
-/** Which of these backups a retention would remove now. */
-function wouldPrune(storageId: string, retention: string): Report<string[]> {
-  return {
-    ...pvesh(
-      "see what the retention would remove",
-      `/nodes/localhost/storage/${storageId}/prunebackups`,
-      z
-        .array(z.object({ volid: z.string(), mark: z.string() }))
-        .transform((rows) => rows.filter(({ mark }) => mark === "remove").map(({ volid }) => volid)),
-      "--prune-backups",
-      retention,
-    ),
-  };
-}
-
 // ---------------------------------------------------------------- observe
 
 export interface Have extends Observed<Pins> {
@@ -268,7 +262,7 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
     users: usersOf(id, path, seen),
     pruned:
       adopting && state?.active && want.retention !== undefined
-        ? await host.ask(wouldPrune(id, declared(want).retention ?? ""))
+        ? (await host.ask(wouldPrune(id, declared(want).retention ?? ""))).map(({ volid }) => volid)
         : [],
   };
 }
@@ -295,7 +289,7 @@ async function sameServer(a: string, b: string, host: Host): Promise<boolean> {
 }
 
 /** Looks at all mounts of the node's NFS storages at once: the same question for every resource, so that it is asked once. */
-async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): Promise<Map<string, OnExport>> {
+async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): Promise<Map<string, Mounted>> {
   const shown = seen.storages
     .flatMap((storage) => {
       const { path = "", server = "", export: exported = "" } = storage.values;
@@ -311,16 +305,36 @@ async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): P
   if (shown.length === 0) return new Map();
   const found = await host.ask(probe(shown));
   return new Map(
-    shown.flatMap(({ id }, i) => {
+    shown.flatMap(({ id, path, source }, i) => {
       const one = found[i];
-      return one?.answers ? [[id, one]] : [];
+      return one?.answers ? [[id, { ...one, path, source }]] : [];
     }),
   );
 }
 
+/** An export that answers, and where it is mounted. */
+type Mounted = OnExport & { path: string; source: string };
+
+/**
+ * Where it has to be written down that a guest had this id: the registries in which it is claimed. `unseen`: an export cannot be asked
+ * now (it does not answer, its storage is disabled).
+ */
+export async function idUnremembered(vmId: number, host: Host): Promise<{ at: Mounted[]; unseen: boolean }> {
+  const seen = await host.ask(look);
+  const nfs = seen.storages.filter(({ type }) => type === "nfs");
+  const on =
+    nfs.length === 0 ? new Map<string, Mounted>() : await mountsLookedAt(await host.ask(storageStates), seen, host);
+  const claimed = [...on.values()].filter(({ claims }) => claims.some((c) => c.lower <= vmId && vmId <= c.upper));
+  const todo = claimed.filter(({ used }) => !used.includes(vmId));
+  return {
+    at: todo.filter(({ registryId }, i) => todo.findIndex((other) => other.registryId === registryId) === i),
+    unseen: nfs.some(({ id }) => !on.has(id)),
+  };
+}
+
 /** The ids that the registries on the node's exports know as used: whoever gives one away again hands on a dead guest's dumps. */
 export async function idsUsed(host: Host): Promise<number[]> {
-  const states = await host.ask(storageStates);
+  const states = await settledStates(host);
   const on = await mountsLookedAt(states, await host.ask(look), host);
   return [...new Set([...on.values()].flatMap(({ used }) => used))];
 }

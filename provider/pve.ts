@@ -2,7 +2,7 @@
 // numbers are often text, lists are sets in random order), and writing under its locks.
 import { createHash } from "node:crypto";
 import * as z from "zod";
-import type { Argv, Report } from "./host.js";
+import type { Argv, Host, Report } from "./host.js";
 
 // ---------------------------------------------------------------- values as Proxmox prints them
 
@@ -163,6 +163,8 @@ const storageRow = z.object({
   pool: z.string().optional(),
   /** Another storage's volume that this one needs. */
   base: z.string().optional(),
+  /** Of zfspool: volumes reserve nothing. */
+  sparse: flag.optional(),
 });
 export type Storage = z.output<typeof storageRow>;
 
@@ -193,11 +195,19 @@ export const storageStates: Report<StorageState[]> = pvesh(
   z.array(storageState),
 );
 
+/** The states, asked again when something that is enabled is not active: the first question mounts it and does not see it yet. */
+export async function settledStates(host: Host): Promise<StorageState[]> {
+  const states = await host.ask(storageStates);
+  return states.some(({ enabled, active }) => enabled && !active) ? await host.ask(storageStates) : states;
+}
+
 const volume = z.object({
   volid: z.string(),
   content: z.string(),
   format: z.string(),
   size: numeral,
+  /** Of an image, where the storage tells it: what it takes now. */
+  used: numeral.optional(),
   vmid: numeral.optional(),
   /** Of a backup: qemu or lxc. */
   subtype: z.string().optional(),
@@ -218,6 +228,19 @@ export function contentOf(storage: string, content?: string): Report<Volume[]> {
     `/nodes/localhost/storage/${storage}/content`,
     z.array(volume),
     ...only,
+  );
+}
+
+/** Which of a storage's backups a retention would remove now, whatever guest they are of. */
+export function wouldPrune(storage: string, retention: string): Report<{ volid: string; vmid?: number | undefined }[]> {
+  return pvesh(
+    "see what the retention would remove",
+    `/nodes/localhost/storage/${storage}/prunebackups`,
+    z
+      .array(z.object({ volid: z.string(), vmid: numeral.optional(), mark: z.string() }))
+      .transform((rows) => rows.filter(({ mark }) => mark === "remove")),
+    "--prune-backups",
+    retention,
   );
 }
 
@@ -242,16 +265,39 @@ export type BackupJob = z.output<typeof backupJob>;
 /** Every vzdump job; options of vzdump that are not named here are there as Proxmox prints them. */
 export const backupJobs: Report<BackupJob[]> = pvesh("list the backup jobs", "/cluster/backup", z.array(backupJob));
 
+export interface Datacenter {
+  /** Name of the node that was asked. */
+  node: string;
+  /** Whether it is a member of a cluster. */
+  clustered: boolean;
+  /** The next-id range as Proxmox has it: lower inclusive, UPPER EXCLUSIVE. */
+  nextId: { lower?: number | undefined; upper?: number | undefined } | undefined;
+}
+
+// Three facts in 20 ms, where pvesh wants 1.5 s for each.
+const DATACENTER = `[ -d /etc/pve/local/. ] || { echo "/etc/pve is not mounted: no Proxmox VE node, or its pve-cluster service is down" >&2; exit 1; }
+readlink /etc/pve/local; [ -e /etc/pve/corosync.conf ] && echo member || echo alone
+[ ! -e /etc/pve/datacenter.cfg ] || cat /etc/pve/datacenter.cfg`;
+
 const nextId = z.object({ lower: numeral.optional(), upper: numeral.optional() });
 
-/** Options of the datacenter. The next-id range as Proxmox has it: lower inclusive, UPPER EXCLUSIVE. */
-export const datacenter = pvesh(
-  "read the datacenter's options",
-  "/cluster/options",
-  z.looseObject({
-    "next-id": z.union([nextId, z.string().transform((text) => nextId.parse(properties(text)))]).optional(),
-  }),
-);
+export const datacenter: Report<Datacenter> = {
+  why: "read the node's name and the datacenter's options",
+  argv: ["sh", "-c", DATACENTER, "vmbackup-datacenter"],
+  shown: ["cat", "/etc/pve/datacenter.cfg"],
+  parse: (stdout) => {
+    const [local = "", member, ...options] = stdout.split("\n");
+    const range = options.flatMap((line) => /^next-id:\s*(.*\S)\s*$/.exec(line)?.slice(1) ?? [])[0];
+    return {
+      node: local.replace(/^nodes\//, ""),
+      clustered: member === "member",
+      nextId: range === undefined ? undefined : properties(range),
+    };
+  },
+  answer: z
+    .object({ node: nodeNameSchema, clustered: z.boolean(), nextId: nextId.optional() })
+    .transform(({ nextId, ...node }): Datacenter => ({ ...node, nextId })),
+};
 
 const guest = z.object({
   vmid: numeral,
@@ -267,25 +313,6 @@ export type Guest = z.output<typeof guest>;
 
 /** Every guest and container, of all nodes of a cluster. */
 export const guests: Report<Guest[]> = pvesh("list the guests", "/cluster/resources", z.array(guest), "--type", "vm");
-
-const member = z.object({
-  type: z.string(),
-  name: z.string().optional(),
-  local: flag.optional(),
-  nodes: numeral.optional(),
-});
-
-/** The node's name, and whether it is a member of a cluster (a standalone node has no `cluster` row). */
-export const cluster: Report<{ node: string; clustered: boolean }> = pvesh(
-  "read the node's name",
-  "/cluster/status",
-  z.array(member).transform((rows, context) => {
-    const node = rows.find((row) => row.type === "node" && row.local === true)?.name;
-    if (node !== undefined) return { node, clustered: rows.some((row) => row.type === "cluster") };
-    context.addIssue("names no local node");
-    return z.NEVER;
-  }),
-);
 
 /** Names of all nodes: one, unless it is a member of a cluster. */
 export const nodes: Report<string[]> = pvesh(

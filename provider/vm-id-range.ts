@@ -3,7 +3,7 @@
 //
 // Also here: what counts as a free id, for whoever takes one.
 import * as z from "zod";
-import type { Definition, Observed, Step } from "./engine.js";
+import type { Definition, Observed, Purpose, Step } from "./engine.js";
 import { CommandFailed, Conflict, Refused } from "./errors.js";
 import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
@@ -44,13 +44,37 @@ const toProxmox = ({ lower, upper }: Range): Required<NextId> => ({ lower, upper
 const isRange = (found: NextId | undefined, range: Range) =>
   found?.lower === range.lower && found.upper === range.upper + 1;
 
-function setNextId(why: string, value: NextId | null): Step {
-  const change =
-    value === null
-      ? ["--delete", "next-id"]
-      : ["--next-id", pve.propertyString({ lower: value.lower, upper: value.upper })];
+// Proxmox replaces the range whatever it is by now, and two runs may have planned at once: of those the second is told of the first.
+const SET = `${pve.WRITER}
+unchanged() {
+  seen=$1; shift
+  now=$(sed -n 's/^next-id: *//p' /etc/pve/datacenter.cfg 2>/dev/null | tr -s ', ' '\\n\\n' | LC_ALL=C sort | tr '\\n' ' ')
+  [ "$now" = "$seen" ] || {
+    echo "the next-id range was changed since it was looked at, and was left as it is now: \${now:-none}" >&2
+    sed -n 's/.*"identity":"\\([^"]*\\)","owner":"\\([^"]*\\)".*/\\1 is declared by \\2/p' /var/lib/pulumi-vmbackup/VmIdRange/*.json >&2
+    return 75
+  }
+  "$@"
+}
+writer datacenter.cfg unchanged "$@"`;
+
+const words = ({ lower, upper }: NextId) => pve.propertyString({ lower, upper });
+
+function setNextId(why: string, value: NextId | null, found: NextId | undefined): Step {
+  const change = value === null ? ["--delete", "next-id"] : ["--next-id", words(value)];
   const argv = ["pvesh", "set", "/cluster/options", ...change] as const;
-  return { why, argv: pve.writing("datacenter.cfg", argv), timeout: pve.WRITE_SECONDS, look: true };
+  const seen = words(found ?? {})
+    .split(",")
+    .flatMap((word) => (word === "" ? [] : [`${word} `]))
+    .join("");
+  return {
+    why,
+    argv: ["sh", "-c", SET, "set-next-id", seen, ...argv],
+    shown: argv,
+    timeout: pve.WRITE_SECONDS,
+    next: "Run pulumi again: it looks first.",
+    look: true,
+  };
 }
 
 // ---------------------------------------------------------------- observe
@@ -62,17 +86,12 @@ interface Have extends Observed<Pins> {
   clustered: boolean;
   /** Other VmIdRanges of this node, by their owner. */
   others: (Pins & { owner: string })[];
-  /** Not asked between the steps of a change. */
+  /** Asked when it is told: of what is settled, and by a read. */
   status?: { guests: pve.Guest[]; taken: Taken };
 }
 
-async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
-  const [options, { node, clustered }, { lines }] = await Promise.all([
-    host.ask(pve.datacenter),
-    host.ask(pve.cluster),
-    memory(host),
-  ]);
-  const nextId = options["next-id"];
+async function observe(want: Want, line: Line<Pins> | undefined, host: Host, purpose?: Purpose): Promise<Have> {
+  const [{ node, clustered, nextId }, { lines }] = await Promise.all([host.ask(pve.datacenter), memory(host)]);
   const identity = line?.identity ?? text(want);
   const others = lines.filter((l) => l.kind === "VmIdRange" && l.identity !== identity && l.pins !== undefined);
   const have: Have = {
@@ -83,7 +102,7 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Pr
     others: others.map((l) => ({ ...(l.pins as Pins), owner: l.owner })),
     pins: pinsOf(want, line, nextId),
   };
-  if (line?.finished || changes(want, have, have.pins).length === 0) {
+  if (purpose === "plan" ? changes(want, have, have.pins).length === 0 : purpose === "tell") {
     const [guests, taken] = await Promise.all([host.ask(pve.guests), idsTaken(host)]);
     have.status = { guests, taken };
   }
@@ -130,7 +149,7 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
 function changes(want: Want, have: Have, pins: Pins | undefined): Step[] {
   if (!isEnforced(want)) return putBack(have, pins);
   if (isRange(have.nextId, want)) return [];
-  return [setNextId(`set the next-id range of ${have.node} to ${text(want)}`, toProxmox(want))];
+  return [setNextId(`set the next-id range of ${have.node} to ${text(want)}`, toProxmox(want), have.nextId)];
 }
 
 function refuseOthers(want: Want, have: Have): void {
@@ -156,7 +175,7 @@ function putBack(have: Have, pins: Pins | undefined): Step[] {
     before === null
       ? `take the next-id range ${text(ours)} off ${have.node}`
       : `put back the next-id range of ${have.node} that was there before ${text(ours)}`;
-  return [setNextId(why, before)];
+  return [setNextId(why, before, have.nextId)];
 }
 
 function remove(have: Have, { pins }: Line<Pins>): Step[] {
@@ -233,13 +252,16 @@ export interface Taken {
   unknown: readonly string[];
 }
 
+/** Why an id is not given out again that nobody has now. */
+export const USED = "was used before";
+
 /**
  * Every id that is not free: a guest or container has it; or a volume of it exists on a storage of the node (it would become the
  * new guest's); or a dump of it lies on a reachable backup storage (the new guest's retention would prune it); or `recorded` has
  * it, the ids that were used before (the claim on the shared store remembers them).
  */
 export async function idsTaken(host: Host, recorded: Iterable<number> = []): Promise<Taken> {
-  const [guests, states, used] = await Promise.all([host.ask(pve.guests), host.ask(pve.storageStates), idsUsed(host)]);
+  const [guests, used, states] = await Promise.all([host.ask(pve.guests), idsUsed(host), pve.settledStates(host)]);
   const asked = states.filter(
     ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
   );
@@ -258,9 +280,13 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
       }),
   );
   const ids = new Map<number, string>();
-  for (const id of [...recorded, ...used]) ids.set(id, "was used before");
-  for (const { vmid, volid, content } of volumes.flat())
-    if (vmid !== undefined) ids.set(vmid, `${content === "backup" ? "the dump" : "the volume"} ${volid} exists`);
+  for (const id of [...recorded, ...used]) ids.set(id, USED);
+  // A volume after the dumps: it is the heavier reason, and whoever may live with an earlier guest's dumps must not live with its disk.
+  const found = volumes.flat();
+  const isDump = ({ content }: pve.Volume) => content === "backup";
+  for (const { vmid, volid } of found.filter(isDump)) if (vmid !== undefined) ids.set(vmid, `the dump ${volid} exists`);
+  for (const { vmid, volid } of found.filter((row) => !isDump(row)))
+    if (vmid !== undefined) ids.set(vmid, `the volume ${volid} exists`);
   for (const { vmid, type, node } of guests)
     ids.set(vmid, `${type === "lxc" ? "a container" : "a guest"} on ${node} has it`);
   return { ids, unknown };

@@ -112,6 +112,10 @@ describe("examples/standalone-nodes on two nodes", () => {
     expect(run).toMatchObject({ exitCode: 0, summary: { create: ALL } });
     expect(run.all).toContain('dumpPath : "/mnt/pve/nfs-fast-dump/dump"');
     expect(run.all).toMatch(/ubuntu: 14001/);
+    // What a reviewer wants to see, and nothing of the machinery
+    for (const said of [/schedule *: "02:30"/, /keepDaily *: 7/, /lower *: 14001/, /export *: "\/mnt\/data\/pve-dump"/])
+      expect(run.all).toMatch(said);
+    expect(run.all).not.toMatch(/__|exports\.handler|require\(/);
   });
 
   it("up: both nodes have storage, ids and job, and see the dump", async () => {

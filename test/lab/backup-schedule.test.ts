@@ -120,9 +120,20 @@ describe("BackupSchedule on a node", () => {
       all: 1,
       comment: "every night [pulumi-vmbackup organization/laws/prod/BackupSchedule/nightly]",
     });
-    const next = Date.parse(status(stack).nextRun ?? "");
-    expect(next).toBeGreaterThan(Date.now());
-    expect(next).toBeLessThan(Date.now() + 25 * 3600_000);
+    // The node's own answer, in its own zone: 02:30 in Tokyo is 17:30 UTC
+    await node.ssh("ln -sf /usr/share/zoneinfo/Asia/Tokyo /etc/localtime");
+    try {
+      await stack.refresh();
+      const jobs = (await node.ssh("pvesh get /cluster/backup --output-format json")).stdout;
+      const { "next-run": next } = (JSON.parse(jobs) as { id: string; "next-run": number }[]).find(
+        ({ id }) => id === "nightly",
+      ) ?? { "next-run": 0 };
+      expect(status(stack).nextRun).toBe(new Date(next * 1000).toISOString());
+      expect(status(stack).nextRun).toMatch(/T17:30:00.000Z$/);
+      expect(next * 1000).toBeGreaterThan(Date.now());
+    } finally {
+      await node.ssh("ln -sf /usr/share/zoneinfo/Etc/UTC /etc/localtime");
+    }
     expect(status(stack)).toMatchObject({ covered: 1, stalest: { guest: "101 (db1)" } });
     expect(status(stack).uncovered).toEqual([{ guest: "102 (db2) scsi1", reason: "backup=no" }]);
     expect(status(stack).lastRun).toBeUndefined();
@@ -146,6 +157,11 @@ describe("BackupSchedule on a node", () => {
       expect(uncovered[0]).toEqual({ guest: "103", reason: "does not exist: every run fails for it" });
       expect(stalest?.guest).toBe("101 (db1)");
       expect(Math.abs(Date.parse(stalest?.newestBackup ?? "") - Date.now())).toBeLessThan(600_000);
+      // Listed, and yet no backup: a run that ended on a full disk
+      await node.ssh("rm /var/lib/vz/dump/*; touch /var/lib/vz/dump/vzdump-qemu-101-2026_01_01-00_00_00.vma.zst");
+      expect((await node.ssh("pvesm list local --content backup")).stdout).toContain("2026_01_01");
+      await stack.refresh();
+      expect(status(stack).stalest).toEqual({ guest: "101 (db1)" });
     } finally {
       await node.ssh("rm -f /var/lib/vz/dump/*");
     }
@@ -189,6 +205,35 @@ printf '{"state":"started","upid":"%s"}' "$u" >/var/lib/pve-manager/jobs/vzdump-
     );
     await stack.refresh();
     expect(status(stack).lastRun).toMatchObject({ result: "failed", message: "no such storage" });
+  });
+
+  it("tells no last run where Proxmox keeps none, also when there is a task", async () => {
+    const stack = stackFor("old");
+    await stack.up(inputs("old"));
+    await node.ssh("vzdump 101 --storage local --quiet 1; rm -rf /var/lib/pve-manager/jobs /var/lib/vz/dump/*");
+    await stack.refresh();
+    expect(status(stack)).toMatchObject({ covered: 1 });
+    expect(status(stack)).not.toHaveProperty("lastRun");
+  });
+
+  it("shows a mark that is none of ours as it is", async () => {
+    await node.ssh([
+      "pvesh",
+      "create",
+      "/cluster/backup",
+      "--id",
+      "half",
+      "--schedule",
+      "02:30",
+      "--storage",
+      "local",
+      "--all",
+      "1",
+      "--comment",
+      "[pulumi-vmbackup 50%]",
+    ]);
+    await expect(stackFor("half").up(inputs("half"))).rejects.toThrow(/belongs to 50%/);
+    await remove("half");
   });
 
   it("warns of hours that a change of the clock skips or doubles, in the node's time zone", async () => {
@@ -241,8 +286,63 @@ printf '{"state":"started","upid":"%s"}' "$u" >/var/lib/pve-manager/jobs/vzdump-
     });
     expect(await stack.refresh()).toBe("there");
     expect(await stack.preview(inputs("mine"))).toBe("same");
+    expect(stack.recorded?.outputs.isEnabled).toBe(false);
     await stack.up(inputs("mine", { guests: "all" })); // declared from now on
     expect(await job("mine")).toMatchObject({ all: 1, mode: "stop" });
+    await stack.up(inputs("mine", { guests: "all", enabled: true }));
+    await stack.up(inputs("mine", { guests: "all" })); // and gone from the program: the default
+    expect(await job("mine")).toMatchObject({ enabled: 1 });
+    expect(stack.recorded?.outputs.isEnabled).toBe(true);
+  });
+
+  it("takes over the declared options of vzdump only", async () => {
+    await node.ssh(
+      "pvesh create /cluster/backup --id some --schedule 02:30 --storage local --all 1 --mode snapshot --compress gzip --zstd 2 --exclude-path /tmp",
+    );
+    const rest = { zstd: 2, "exclude-path": ["/tmp"] };
+    const declared = inputs("some", { adopt: true, vzdump: { mode: "stop", compress: "zstd" } });
+    const stack = stackFor("some");
+    await stack.up(declared);
+    expect(await job("some")).toMatchObject({ mode: "stop", compress: "zstd", ...rest });
+    expect(await stack.preview(declared)).toBe("same");
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview(declared)).toBe("same");
+    await stack.up({ ...declared, vzdump: { mode: "stop" } }); // what was declared once is the program's
+    expect(await job("some")).not.toHaveProperty("compress");
+    await stack.up({ ...declared, vzdump: { zstd: 4 } });
+    await stack.up(inputs("some"));
+    const found = await job("some");
+    expect(found).toMatchObject({ "exclude-path": ["/tmp"] });
+    expect(Object.keys(found ?? {})).not.toEqual(expect.arrayContaining(["mode"]));
+    expect(Object.keys(found ?? {})).not.toEqual(expect.arrayContaining(["zstd"]));
+    await node.ssh("pvesh set /cluster/backup/some --mode stop"); // drift, since adoption did not find it undeclared
+    await stack.refresh();
+    await stack.up(inputs("some"));
+    expect(await job("some")).not.toHaveProperty("mode");
+  });
+
+  it("refuses to adopt a job with a retention that would prune now, with the list", async () => {
+    const dump = (id: number, day: string) => `/var/lib/vz/dump/vzdump-qemu-${id}-2026_01_0${day}-00_00_00.vma`;
+    const [old, newer, others] = [dump(101, "1"), dump(101, "2"), [dump(102, "1"), dump(102, "2")]];
+    try {
+      await node.ssh(`mkdir -p /var/lib/vz/dump; for f in ${[old, newer, ...others].join(" ")}; do echo x >$f; done
+        pvesh create /cluster/backup --id keep --schedule 02:30 --storage local --vmid 101 --prune-backups keep-last=9`);
+      const before = await job("keep");
+      const stack = stackFor("keep");
+      const pruning = inputs("keep", { adopt: true, retention: { keepLast: 1 } });
+      const failure: unknown = await stack.up(pruning).catch((error: unknown) => error);
+      expect(String(failure)).toMatch(
+        /adopt.*retention: its next run would remove local:backup\/vzdump-qemu-101-2026_01_01/,
+      );
+      expect(String(failure)).not.toMatch(/2026_01_02|qemu-102/); // not the newest, and not those of guests that it is not for
+      expect(await job("keep")).toEqual(before);
+      expect(stack.recorded).toBeUndefined();
+      await stack.up(inputs("keep", { adopt: true, retention: { keepLast: 2 } }));
+      await stack.up(inputs("keep", { adopt: true, retention: { keepLast: 1 } })); // ours now, and meant
+      expect(await job("keep")).toMatchObject({ "prune-backups": { "keep-last": "1" } });
+    } finally {
+      await node.ssh("rm -f /var/lib/vz/dump/*");
+    }
   });
 
   it("keeps a job that another resource made under the name since", async () => {

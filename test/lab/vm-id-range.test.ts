@@ -1,7 +1,7 @@
 // VmIdRange on the stand-ins of Proxmox's commands: the laws, what Proxmox is told and keeps, and what a free id is.
 import { afterEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
-import { connect } from "../../provider/host.js";
+import { connect, hooks } from "../../provider/host.js";
 import { firstFree, idsTaken } from "../../provider/vm-id-range.js";
 import { laws } from "../laws.js";
 import { Stack } from "../stack.js";
@@ -53,6 +53,7 @@ describe("VmIdRange on a node", () => {
   };
   const inputs = (over: Fields = {}): Fields => ({ host: node.connection, lower: 14001, upper: 14999, ...over });
   afterEach(async () => {
+    delete hooks.beforeStep;
     for (const stack of stacks.splice(0)) await stack.destroy().catch(() => {});
     await unset();
   });
@@ -125,6 +126,28 @@ describe("VmIdRange on a node", () => {
     expect(await nextId()).toBe("14001 to before 15000");
   });
 
+  it("does not overwrite what was set between its look and its step, and says who is there", async () => {
+    const first = stackFor("a", "one");
+    hooks.beforeStep = async () => {
+      delete hooks.beforeStep;
+      await first.up(inputs());
+    };
+    const late = stackFor("b", "two");
+    await expect(late.up(inputs({ lower: 15001, upper: 15999 }))).rejects.toThrow(
+      /changed since it was looked at.*lower=14001 upper=15000.*14001-14999 is declared by organization\/laws\/one/s,
+    );
+    expect(late.recorded).toBeUndefined();
+    expect(await nextId()).toBe("14001 to before 15000");
+    hooks.beforeStep = async () => {
+      delete hooks.beforeStep;
+      await set("upper=700,lower=600");
+    };
+    await expect(first.destroy()).rejects.toThrow(/changed since it was looked at/);
+    expect(await nextId()).toBe("600 to before 700");
+    await first.destroy();
+    expect(await nextId()).toBe("600 to before 700");
+  });
+
   it("two at once for one node: the one that is in force stands, the other is told", async () => {
     const [a, b] = [stackFor("a", "one"), stackFor("b", "two")];
     const inputsB = inputs({ lower: 15001, upper: 15999 });
@@ -176,6 +199,20 @@ describe("VmIdRange on a node", () => {
         "for id in 14001 107 108; do qm destroy $id; done; pvesm free local:14002/vm-14002-disk-0.raw; rm -f /var/lib/vz/dump/*",
         { reject: false },
       );
+    }
+  });
+
+  it("sees the dumps and the used ids of a storage that is not mounted yet", async () => {
+    await node.ssh(
+      "set -e; mkdir -p /srv/nfs/nas/dump; pvesm add nfs dumps --server nas --export /dump --content backup; touch /mnt/pve/dumps/dump/vzdump-qemu-14001-2026_01_01-00_00_00.vma; mkdir /mnt/pve/dumps/.pulumi-vmbackup; cd /mnt/pve/dumps/.pulumi-vmbackup; cat /proc/sys/kernel/random/uuid >uuid; echo 'used 14002 .' >claims; cd /; umount /mnt/pve/dumps",
+    );
+    try {
+      const taken = await idsTaken(connect(node.connection));
+      expect(taken.ids.get(14001)).toContain("dumps:backup/vzdump-qemu-14001");
+      expect(taken.ids.get(14002)).toBe("was used before");
+      expect(taken.unknown).toEqual([]);
+    } finally {
+      await node.ssh("pvesm remove dumps; umount /mnt/pve/dumps; rm -rf /srv/nfs/nas");
     }
   });
 

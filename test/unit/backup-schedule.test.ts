@@ -153,6 +153,7 @@ const node = {
   ],
   guests: [101, 107].map((vmid) => ({ vmid, node: "pve1", type: "qemu" as const })),
   pools: ["p1"],
+  pruned: [] as string[],
 };
 function have(found: Job | undefined): Have {
   const [, said, name] = /^(.*?) ?\[pulumi-vmbackup (.*)\]$/.exec(found?.comment ?? "") ?? [];
@@ -289,6 +290,16 @@ describe("plan", () => {
     ]);
   });
 
+  it("keeps the options of vzdump that adoption found and that are not declared", () => {
+    const found = { mode: "snapshot", zstd: 2, "exclude-path": ["/tmp"], comment: mark };
+    const kept = backupSchedule.keeps?.(want(), have(job(found))) ?? [];
+    expect(kept).toEqual(["vzdump.mode", "vzdump.zstd", "vzdump.excludePath"]);
+    const [step = ""] = plan(want({ vzdump: { mode: "stop" } }), job(found), kept);
+    expect(step).toContain("--mode stop");
+    expect(step).not.toMatch(/delete|zstd|exclude/);
+    expect(plan(want(), job(found), ["vzdump", ...kept])).toEqual([]);
+  });
+
   it.each<[string, object, RegExp]>([
     ["a storage that does not exist", { storage: "nosuch" }, /^storage: there is no storage nosuch/],
     ["a storage that takes no backups", { storage: "isos" }, /storage: the storage isos takes no backups.*nfs/s],
@@ -306,9 +317,32 @@ describe("plan", () => {
     expect(() => plan(want(over), undefined)).toThrow(message);
   });
 
+  it("refuses dates that have passed, when the schedule would be written", () => {
+    const past = { schedule: "2020-01-01 10:00" };
+    expect(() => plan(want(past), undefined)).toThrow(/schedule: the last date of "2020-01-01 10:00" has passed/);
+    expect(plan(want({ ...past, comment: "x" }), job(past))).toHaveLength(1);
+    expect(plan(want({ schedule: "2099-01-01" }), undefined)).toHaveLength(1);
+  });
+
+  it("refuses to adopt with a retention that would prune, with the list", () => {
+    const pruned = ["nfs:backup/vzdump-qemu-101-2026_01_01-00_00_00.vma.zst"];
+    const adopting = { ...have(job({ comment: "by hand" })), node: { ...node, pruned } };
+    expect(() => backupSchedule.plan(want({ adopt: true, retention: { keepLast: 1 } }), adopting, line())).toThrow(
+      /adopt.*retention.*vzdump-qemu-101-2026_01_01-00_00_00/,
+    );
+  });
+
   it("allows another node's storage for a job of that node", () => {
     expect(plan(want({ storage: "elsewhere", vzdump: { node: "pve2" } }), undefined)).toHaveLength(1);
   });
+});
+
+it("knows its own mark where the owner is too long for one", () => {
+  const long = `${owner}${"x".repeat(200)}`;
+  const wanted = backupSchedule.plan(want(), have(undefined), { ...line(), owner: long })[0]?.argv ?? [];
+  const comment = wanted.find((word) => word.startsWith("--comment="))?.slice("--comment=".length);
+  expect(comment?.length).toBeLessThan(212); // Proxmox takes 512, and ours may have 300
+  expect(tools(backupSchedule.remove(have(job({ comment })), { ...line(), owner: long }))).toHaveLength(1);
 });
 
 it("removes its job, and not one that carries another's mark", () => {
@@ -340,6 +374,15 @@ describe("what the job says", () => {
 
   it("is no drift where adoption left it alone", () => {
     expect(found({ enabled: false, mode: "stop" }, {}, ["enabled", "vzdump"])).toEqual(want());
+    const declared = { vzdump: { mode: "stop" } };
+    expect(found({ mode: "stop", zstd: 2 }, declared, ["vzdump.zstd"])).toEqual(want(declared));
+    expect(found({ mode: "stop", zstd: 2 }, declared)).toMatchObject({ vzdump: { mode: "stop", zstd: 2 } });
+  });
+
+  it("is told of `enabled`, also where adoption left it alone", () => {
+    expect(backupSchedule.facts(want(), have(job({ enabled: false })), line(["enabled"]))).toMatchObject({
+      isEnabled: false,
+    });
   });
 });
 
@@ -358,6 +401,16 @@ describe("constructor", () => {
     expect(await value(nightly.enabled)).toBe(true);
     const off = new BackupSchedule("off", { host: "n4", schedule: "02:30", storage: "nfs", enabled: false });
     expect(await value(off.enabled)).toBe(false);
+  });
+
+  it("tells what an adopted job has, where `enabled` is not declared", async () => {
+    pulumi.runtime.setMocks({
+      newResource: ({ name, inputs }) => ({ id: `${name}-id`, state: { ...inputs, isEnabled: false } }),
+      call: () => ({}),
+    });
+    const args = { host: "n4", schedule: "02:30", storage: "nfs" };
+    expect(await value(new BackupSchedule("adopted", args).enabled)).toBe(false);
+    expect(await value(new BackupSchedule("declared", { ...args, enabled: true }).enabled)).toBe(true);
   });
 
   it("throws for the same job of the same host twice", () => {

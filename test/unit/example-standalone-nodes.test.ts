@@ -1,11 +1,31 @@
 // The component of examples/standalone-nodes with mocks alone: no CLI, no host.
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import * as pulumi from "@pulumi/pulumi";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { parse } from "yaml";
 import { BackedUpNode } from "../../examples/standalone-nodes/backed-up-node.ts";
 import { provider } from "../../provider/dynamic.js";
 
 const nfs = { server: "skydev", export: "/mnt/data/pve-dump" };
 const value = <T>(output: pulumi.Output<T>) => new Promise<T>((resolve) => void output.apply(resolve));
+
+it("has a workflow: preview on a pull request, up on merge, a drift check every morning", () => {
+  const folder = join(__dirname, "../../examples/standalone-nodes");
+  const workflow = parse(readFileSync(join(folder, ".github/workflows/backup.yml"), "utf8"));
+  expect(Object.keys(workflow.on)).toEqual(expect.arrayContaining(["pull_request", "push", "schedule"]));
+  expect(workflow.on.push.branches).toEqual(["main"]);
+  expect(workflow.concurrency["cancel-in-progress"]).toBe(false); // a restore is not cut off
+  const steps: { if?: string; run?: string }[] = workflow.jobs.pulumi.steps;
+  const runs = (event: string) => steps.filter((step) => step.if?.includes(`'${event}'`)).map(({ run = "" }) => run);
+  expect(runs("pull_request")).toEqual([expect.stringMatching(/^pulumi preview /)]);
+  expect(runs("push")).toEqual([expect.stringMatching(/^pulumi up .*--yes/)]);
+  expect(runs("schedule")).toEqual([expect.stringMatching(/^pulumi preview .*--refresh --expect-no-changes/)]);
+  // What it takes from the repository's secrets and configuration is told in the README.
+  const readme = readFileSync(join(folder, "README.md"), "utf8");
+  for (const name of JSON.stringify(workflow).matchAll(/secrets\.([A-Z_]+)/g)) expect(readme).toContain(name[1]);
+  expect(readme).toContain("--secret vmbackup:connection");
+});
 
 describe("a backed-up node", () => {
   let made: Record<string, Record<string, unknown>>;

@@ -2,7 +2,6 @@ import { describe, expect, it } from "vitest";
 import {
   activeTasks,
   backupJobs,
-  cluster,
   contentOf,
   datacenter,
   flag,
@@ -22,7 +21,7 @@ import {
   vmIdsSchema,
   vmidSchema,
 } from "../../provider/pve.js";
-import { answers } from "../captures.js";
+import { answers, recording } from "../captures.js";
 
 describe("what the real tools answered", () => {
   it("/storage", () => {
@@ -79,12 +78,24 @@ describe("what the real tools answered", () => {
     expect(found[2]?.[1]).toMatchObject({ all: true, exclude: "102" });
   });
 
-  it("options, guests, node, version, tasks", () => {
-    const options = answers("pve/pvesh-cluster", datacenter);
-    expect(options[0]?.["next-id"]).toBeUndefined();
-    expect(options.map((o) => o["next-id"])).toContainEqual({ lower: 14001, upper: 14999 });
+  it("the datacenter: node, cluster, next-id range", () => {
+    const files = recording("pve/pvesh-cluster").filter(({ cmd }) => cmd.join(" ") === "cat /etc/pve/datacenter.cfg");
+    expect(files).toHaveLength(2);
+    const read = (before: string, file: string) => datacenter.answer.parse(datacenter.parse?.(`${before}\n${file}`));
+    for (const { stdout } of files)
+      expect(read("nodes/pve1\nalone", stdout)).toEqual({
+        node: "pve1",
+        clustered: false,
+        nextId: { lower: 14001, upper: 14999 },
+      });
+    expect(read("nodes/pve1\nmember", "keyboard: de\n")).toEqual({ node: "pve1", clustered: true, nextId: undefined });
+    expect(read("nodes/pve1\nalone", "")).toMatchObject({ nextId: undefined });
+    for (const odd of ["", "\nalone"]) expect(() => read(odd, "")).toThrow(); // no node: no answer
+    expect(() => read("nodes/pve1\nalone", "next-id: lower=x\n")).toThrow();
+  });
+
+  it("guests, version, tasks", () => {
     expect(answers("pve/pvesh-cluster", guests)[0]?.map((g) => g.vmid)).toEqual([100, 101, 102]);
-    expect(answers("pve/pvesh-cluster", cluster)[0]).toEqual({ node: "pve1", clustered: false });
     expect(answers("pve/pvesh-cluster", version)[0]).toEqual({ version: "9.2.11" });
     expect(answers("pve/qmrestore-failures", activeTasks)[0]).toEqual([]);
   });

@@ -169,6 +169,9 @@ it("tells how many ids are used and free, and which guests are outside", () => {
     next: 14004,
     outside: [100, 107],
   });
+  const many = { guests: Array.from({ length: 30 }, (_, i) => guest(200 - i)), taken };
+  const { outside } = vmIdRange.facts(want, have({ status: many }), line(ours)).status as { outside: number[] };
+  expect(outside).toEqual(Array.from({ length: 20 }, (_, i) => 171 + i)); // the state stays small
   const full = { ids: new Map([[100, "x"]]), unknown: [] };
   expect(firstFree({ lower: 100, upper: 100 }, full)).toBeUndefined();
 });
@@ -195,6 +198,12 @@ describe("constructor", () => {
   const range = (name: string, lower: number, upper: number, host = "n4") =>
     new VmIdRange(name, { host, lower, upper });
   const value = <T>(output: pulumi.Output<T>) => new Promise<T>((resolve) => void output.apply(resolve));
+
+  it("throws for a range that overlaps on one node, which is no other object by its numbers", () => {
+    range("a", 14001, 14999);
+    expect(() => range("b", 14999, 15998)).toThrow(/"b".*14999 to 15998.*"a", 14001 to 14999/s);
+    expect(() => range("c", 14001, 14999)).toThrow(/"c".*"a"/s);
+  });
 
   it("throws for a range that overlaps, also on another host, with both names and both ranges", () => {
     range("a", 14001, 14999);
