@@ -2,6 +2,7 @@
 // of claims that keeps the guest ids of unrelated nodes apart on one store. Everything that may touch a dead server is a constant
 // script here, with positional arguments.
 import * as z from "zod";
+import type { Step } from "./engine.js";
 import type { Report } from "./host.js";
 import { WRITER } from "./pve.js";
 
@@ -239,6 +240,16 @@ export function encodedOwner(owner: string): string {
     const char = String.fromCharCode(byte);
     return plainly(char) ? char : octal(byte);
   }).join("");
+}
+
+/** Writes down on the export that a guest has this id. A reused id would hand on a dead guest's dumps. */
+export function remember(vmId: number, owner: string, { path, source }: { path: string; source: string }): Step {
+  return {
+    why: `note on ${source} that the id ${vmId} is used`,
+    argv: ["sh", "-c", `${ON_MOUNT}remember "$@"`, "remember", path, source, encodedOwner(owner), String(vmId)],
+    shown: ["remember", path, String(vmId)],
+    look: true,
+  };
 }
 
 function decodedOwner(word: string): string {

@@ -4,7 +4,7 @@ import type { Step } from "./engine.js";
 import { Conflict, Refused, Unfinished } from "./errors.js";
 import { argvHash } from "./host-job.js";
 import type { Line } from "./host-ledger.js";
-import { remember } from "./nfs-dump-storage.js";
+import { remember } from "./nfs-export.js";
 import * as files from "./pve-guests.js";
 import { restoreArgv, verifyArgv } from "./qmrestore.js";
 import type { Want } from "./restored-template.js";
