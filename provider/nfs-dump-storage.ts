@@ -321,16 +321,6 @@ function release(id: string, have: Have, line: Line<Pins>): Step {
   return claimStep(id, have, words, `give back the ids that ${id} had claimed on ${have.source}`);
 }
 
-/** Writes it down there. A reused id would hand on a dead guest's dumps. */
-export function remember(vmId: number, owner: string, { path, source }: { path: string; source: string }): Step {
-  return {
-    why: `note on ${source} that the id ${vmId} is used`,
-    argv: ["sh", "-c", `${ON_MOUNT}remember "$@"`, "remember", path, source, encodedOwner(owner), String(vmId)],
-    shown: ["remember", path, String(vmId)],
-    look: true,
-  };
-}
-
 // ---------------------------------------------------------------- moving and removing
 
 const DETACH = `${ON_MOUNT}
