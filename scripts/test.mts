@@ -1,4 +1,5 @@
-// npm test: everything. Sets up what is missing (see the lines it prints), then runs check and all tests.
+// npm test: everything. Sets up what is missing (see the lines it prints), then runs check, the conformance of the Proxmox stand-ins,
+// and all tests.
 // Arguments go to vitest.
 import { execa } from "execa";
 import { root } from "./cache.mts";
@@ -29,6 +30,8 @@ else {
   await step("test/lab/lab", "deps");
   await step("test/lab/lab", "build");
   projects.push("lab");
+  // Stand-ins that have drifted from the recordings would make the tests below worthless.
+  await step("node", "scripts/conformance.mts");
   await pulumiCli().then(
     () => projects.push("engine"),
     (error: Error) => missing.push(`the tests of the engine: ${error.message}`),

@@ -25,7 +25,7 @@ CREATE = Method("POST", BASE, {
 
 QMRESTORE = Method("POST", "", {
     "vmid": VMID, "archive": {"type": "string", "maxLength": 255}, "storage": STORAGE_ID, "force": flag(),
-    "unique": flag(), "pool": text(format="pve-poolid"), "bwlimit": number(minimum=0), "live-restore": flag(),
+    "unique": flag(), "pool": text(format="pve-poolid"), "bwlimit": whole(minimum=0), "live-restore": flag(),
     "start": flag(default=0), "ha-managed": flag(default=0)}, group="PVE::CLI::qmrestore")
 
 OWN = ("archive", "storage", "force", "unique", "live-restore", "pool", "bwlimit", "start", "ha-managed",
@@ -137,7 +137,7 @@ def find_archive(archive):
             raise NotCovered("archives of a Proxmox Backup Server")
         volume = gv.parse_volname(scfg, volname)
         if volume.content != "backup":
-            raise param_error({"volume": f"can't use '{archive}' as a backup"})
+            raise PveError(f"unable to use volume {archive} - content type needs to be 'backup'\n", 2)
         gv.activate(storeid)
         path = gv.path(scfg, volname)
         if not os.path.exists(path):
