@@ -642,7 +642,8 @@ export type RestoredTemplateArgs = ProxmoxRestoreArgs | LibvirtRestoreArgs;
  *   under one id; a storage without images or room; an id that is not free.
  * - Room: thick storages (LVM, ZFS that is not sparse, preallocation) need the whole size of the disks, others the data. How much data
  *   a compressed archive holds is not known before it is read: then its own size is the least, and a warning says so.
- * - An id out of a range is written down on the export whose store claims it (`vmIds`), and not given out again.
+ * - An id out of a range is taken only while every enabled storage answers, written down on the export whose store claims it
+ *   (`vmIds`), and not given out again.
  * - What was adopted is never removed for another `from`, unless `onDelete: "destroy"` is declared.
  * - Destroy refuses while the guest has linked clones, runs, is locked, protected, managed by HA, has snapshots, or is no longer
  *   what was restored.

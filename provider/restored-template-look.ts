@@ -295,7 +295,14 @@ function claimed(lines: readonly Line[]): number[] {
 
 export async function freeId(range: Range, host: Host): Promise<number> {
   const { lines } = await memory(host);
-  const free = firstFree(range, await idsTaken(host, claimed(lines)));
+  let taken = await idsTaken(host, claimed(lines));
+  if (taken.unknown.length > 0) taken = await idsTaken(host, claimed(lines)); // the first answer after a mount says no
+  if (taken.unknown.length > 0)
+    throw new Refused({
+      what: `Unable to restore. vmId: which ids from ${range.lower} to ${range.upper} are free cannot be known, as the storage ${taken.unknown.join(", ")} does not answer, and may hold disks and dumps of earlier guests.`,
+      next: "Run pulumi again when it answers; disable a storage that will not come back; or give the id as a number. Nothing was changed.",
+    });
+  const free = firstFree(range, taken);
   if (free !== undefined) return free;
   throw noneFree(range);
 }

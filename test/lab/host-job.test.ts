@@ -138,7 +138,7 @@ describe("a job", () => {
     const { bootId } = await memory(there());
     await fenced(there(), line, "", started(line, command, bootId));
     await until(async () => (await jobState(there(), line)).log !== "");
-    await sleep(5000);
+    await disk.ssh("sleep 10"); // by its own clock; the kernel itself would write it out after 30 s
     closeAll();
     await disk.crash();
     await disk.up();

@@ -14,7 +14,7 @@ mkdirSync(folder, { recursive: true });
 writeFileSync(join(servers, "skydev/.exports"), "/dumps *\n");
 
 const { node } = useHosts({ node: { pve: true, bindRw: { [servers]: "/srv/nfs" } } });
-const { setUp, conf, vanish } = restoresOn(node);
+const { setUp, conf, vanish, order, behave } = restoresOn(node);
 afterAll(() => rmSync(servers, { recursive: true, force: true }));
 
 const stacks: Stack[] = [];
@@ -24,6 +24,7 @@ const stackOf = (kind: string, name: string) => {
   return made;
 };
 afterEach(async () => {
+  await behave();
   for (const stack of stacks.splice(0)) await stack.destroy().catch(() => {});
 });
 
@@ -71,16 +72,25 @@ it("an id is not given out again, whether destroy or a person removed its guest;
   expect(await conf(14001)).toMatch(/template: 1/);
 });
 
-it("an export that is down stops nothing, and learns of the id when it is back", async () => {
+it("an export that does not answer: no id is taken for free; one that goes away later learns of the id when it is back", async () => {
   const dumps = stackOf("NfsDumpStorage", "dumps");
   await dumps.up({ host: node.connection, storageId: "dumps1", server: "skydev", export: "/dumps", vmIds: range });
   const before = used();
   const stack = stackOf("RestoredTemplate", "late");
-  await node.ssh("pvesm set dumps1 --disable 1 && umount /mnt/pve/dumps1");
+  await node.ssh("umount /mnt/pve/dumps1");
+  await order("storage.dumps1.activate", "fail the server does not answer\n");
+  await expect(stack.up(template())).rejects.toThrow(/are free cannot be known, as the storage dumps1 does not answer/);
+  expect((await node.ssh("ls /etc/pve/qemu-server")).stdout).toBe("");
+  await behave();
+
+  await node.ssh("pvesm status >/dev/null; pvesm status");
+  await order("qmrestore.written", "once\nrun pvesm set dumps1 --disable 1; umount /mnt/pve/dumps1\n");
   await stack.up(template());
-  expect(await conf(Number(stack.recorded?.id))).toMatch(/template: 1/);
+  const id = Number(stack.recorded?.id);
+  expect(before).not.toContain(id);
+  expect(await conf(id)).toMatch(/template: 1/);
   expect(used()).toEqual(before);
   await node.ssh("pvesm set dumps1 --disable 0; pvesm status >/dev/null; pvesm status");
   await stack.up(template({ tags: ["x"] }));
-  expect(used()).toEqual([...before, Number(stack.recorded?.id)].sort());
+  expect(used()).toEqual([...before, id].sort());
 });
