@@ -5,30 +5,39 @@ import type { Connection, Host } from "./index.js";
 
 type Props = Record<string, unknown>;
 
+/** What a class says of its properties. */
+interface Shape {
+  /** Names of what only the provider can tell. */
+  outputs: readonly string[];
+  /** Inputs that `.get` learns by reading. */
+  read?: readonly string[];
+  /** What names the object on its host, where the program gives it plainly. */
+  identity: pulumi.Input<string | undefined>[];
+}
+
 export abstract class HostResource extends pulumi.CustomResource {
   /**
    * @param kind class name; part of the type token
-   * @param args the inputs, as the program gives them
-   * @param outputs names of what only the provider can tell
-   * @param identity what names the object on its host, where the program gives it plainly
+   * @param args the inputs, as the program gives them; of a `.get` only the host
    */
   protected constructor(
     kind: string,
     name: string,
     args: Props,
-    outputs: readonly string[],
-    identity: pulumi.Input<string | undefined>[],
+    { outputs, read = [], identity }: Shape,
     opts: pulumi.CustomResourceOptions = {},
   ) {
     const isGet = opts.id !== undefined;
     if (!isGet) once(kind, name, args.host, identity);
-    const declared: Props = { ...args, host: withSecrets(args.host as pulumi.Input<Host>) };
+    const host = withSecrets(args.host as pulumi.Input<Host>);
+    const declared: Props = isGet ? { host } : { ...args, host };
     const hidden: Props = isGet ? {} : { __owner: owner(kind, name), __timeouts: timeouts(opts.customTimeouts) };
     super(
       `pulumi-nodejs:dynamic/vmbackup:${kind}`,
       name,
       {
-        ...Object.fromEntries(outputs.map((output) => [output, undefined])),
+        // Registered without a value, so that they become outputs.
+        ...Object.fromEntries([...outputs, ...(isGet ? read : [])].map((output) => [output, undefined])),
         ...declared,
         ...hidden,
         // Literal and for ever: Pulumi runs this text to get the provider. See docs/architecture.md, "The door".

@@ -65,8 +65,8 @@ export function provider(kind: string): Calls {
       configured = config.get("vmbackup:connection");
     },
     check: async (_olds, news) => check(definition, news),
-    async diff(_id, olds, news) {
-      const { changes, replaces } = diff(definition, olds, news);
+    async diff(id, olds, news) {
+      const { changes, replaces } = diff(definition, olds, news, id);
       return { replaces, ...(changes === undefined ? {} : { changes }) };
     },
     create: counted((inputs) => engine.create(inputs)),

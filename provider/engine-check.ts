@@ -84,14 +84,17 @@ export interface Diff {
   replaces: string[];
 }
 
-export function diff(definition: AnyDefinition, olds: Fields, news: Fields): Diff {
+export function diff(definition: AnyDefinition, olds: Fields, news: Fields, id?: string): Diff {
   const state = migrated(definition, olds);
   const before = renormal(definition, declaredOf(definition, state));
   const after = renormal(definition, declaredOf(definition, news));
   // `adopt` is read at creation only: dropping it afterwards is no change.
   const fields = Object.keys(definition.inputs.shape).filter((field) => field !== "adopt");
   const changed = fields.filter((field) => hasUnknown(after[field]) || !same(before[field], after[field]));
-  const replaces = definition.replaceOn.filter((field) => changed.includes(field) && !hasUnknown(after[field]));
+  const another = definition.replaceOn.filter((field) => changed.includes(field) && !hasUnknown(after[field]));
+  // Renamed by hand (a refresh saw it) and declared as it was made: the same object, whose name `update` puts right.
+  const made = id === undefined || another.length === 0 ? {} : definition.fromId(id);
+  const replaces = another.filter((field) => !same(made[field], after[field]));
   if (changed.length > 0) return { changes: undefined, replaces };
   const status = state.status as { valid?: boolean } | undefined;
   const lost = status?.valid === false; // the one flag of a status that diff looks at

@@ -15,8 +15,12 @@ import { fenced, forget, type Line, type Memory, memory } from "./host-ledger.js
 export interface Step extends Command {
   /** Observe before going on to the next step of the plan. */
   look?: true;
+  /** Of a removal: reads back that nothing is left, so that the ledger's line goes in the same command. */
+  last?: true;
   /** Long work: a unit on the host that outlives the connection, joined by whoever plans the same; then observe. */
   job?: true;
+  /** Something was removed for it: when it fails it is Unfinished. */
+  halfway?: true;
 }
 
 /** A rule over several inputs, run by check as soon as all of them are known and valid. */
@@ -65,6 +69,8 @@ export interface Definition<W extends object, H extends Observed<P>, P> {
   plan(want: W, have: H, line: Line<P>): Step[];
   /** The steps that remove what is ours; [] = nothing of ours is there. Pure. Throws Refused. */
   remove(have: H, line: Line<P>): Step[];
+  /** What a removal has left on purpose: told to whoever asked for it. */
+  left?(have: H, line: Line<P>): string | undefined;
   /** Outputs besides the inputs: facts at top level, and what moves by itself in `status`. */
   facts(want: W, have: H, line: Line<P>): Fields;
   /** The declared inputs as the host has them: where they differ, the program drifted. */
@@ -251,11 +257,8 @@ export class Engine {
     const before = split(migrated(this.#definition, olds)).hidden;
     const { inputs, hidden } = split(news);
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.update);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, before.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, found, line } = await this.#open(id, want, before);
     this.#mine(id, line, before);
     const task: Task<Fields, unknown> = {
       host,
@@ -290,11 +293,9 @@ export class Engine {
     const want: Fields = isGet
       ? { host: inputs.host, ...this.#definition.fromId(id) }
       : declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
-    const found = await memory(host);
-    if (!isGet) checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id) ?? (isGet ? undefined : this.#lineFrom(id, hidden));
-    const have = await this.#definition.observe(want, line, host, "tell");
+    const { host, found, line } = await this.#open(id, want, hidden);
+    const known = line ?? this.#lineFrom(id, hidden);
+    const have = await this.#definition.observe(want, isGet ? line : known, host, "tell");
     if (!have.exists && have.lost === undefined) {
       if (!isGet) return { props: {} };
       throw new Refused({
@@ -302,7 +303,6 @@ export class Engine {
         next: "`.get` looks at something that is there: check the id and the host, or create it.",
       });
     }
-    const known = line ?? this.#lineFrom(id, hidden);
     if (have.pins !== undefined) known.pins = have.pins;
     const foundInputs = this.#definition.asFound(want, have, known);
     const props = this.#outputs(foundInputs, hidden, have, known, found);
@@ -316,11 +316,8 @@ export class Engine {
     const { inputs, hidden } = split(state);
     if (hidden.__v === undefined) return; // read by `.get`: never ours
     const want = declaredOf(this.#definition, inputs);
-    const host = this.#connect(want.host);
     const deadline = within(hidden.__timeouts?.delete);
-    const found = await memory(host);
-    checkMachine(this.#definition.kind, id, hidden.__machine, found, host);
-    const line = lineOf(found, this.#definition.kind, id);
+    const { host, line } = await this.#open(id, want, hidden);
     if (line === undefined || line.owner !== hidden.__owner || line.incarnation !== hidden.__incarnation) {
       const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, "look");
       if (have.exists) {
@@ -337,15 +334,33 @@ export class Engine {
     for (;;) {
       const have = await this.#definition.observe(want, line, host, "look");
       const steps = this.#definition.remove(have, line);
-      if (steps.length === 0) break;
+      if (steps.length === 0) {
+        const left = this.#definition.left?.(have, line);
+        if (left !== undefined) console.log(`${this.#definition.kind} ${id} on ${host.name}: ${left}`);
+        break;
+      }
       last = this.#progress(id, last, steps, host);
       for (const step of steps) {
-        await fenced(host, line, line.incarnation, inTime(step, deadline, this.#definition.kind, id));
+        const timed = inTime(step, deadline, this.#definition.kind, id);
+        if (step.last) return await forget(host, line, timed);
+        await fenced(host, line, line.incarnation, timed);
         if (step.look) break;
       }
     }
     await forgetJob(host, line);
     await forget(host, line);
+  }
+
+  /** What the ledger of the host says of the object, once it is known to be the machine that the state was made on. */
+  async #open(
+    id: string,
+    want: Fields,
+    before: Hidden,
+  ): Promise<{ host: Host; found: Memory; line: Line | undefined }> {
+    const host = this.#connect(want.host);
+    const found = await memory(host);
+    checkMachine(this.#definition.kind, id, before.__machine, found, host);
+    return { host, found, line: lineOf(found, this.#definition.kind, id) };
   }
 
   // ---------------------------------------------------------------- the loop

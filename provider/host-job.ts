@@ -91,12 +91,16 @@ function unitOf({ kind, identity }: Line): string {
   return `vmbackup-${kind}-${identity.replace(/[^A-Za-z0-9_.-]/g, "_").slice(0, 80)}-${randomBytes(4).toString("hex")}`;
 }
 
-// The tool does not inherit the lock, or a helper that it leaves behind would hold it for ever.
+// The tool does not inherit the lock, or a helper that it leaves behind would hold it for ever. Its words are written out as they
+// come: after a power cut they are all that tells what it had made.
 const RUN = `base=$1; shift
 exec 8>>"$base.log"; flock 8 || exit 70
 begun=$(date +%s)
+while sleep 2; do sync "$base.log"; done >/dev/null 2>&1 </dev/null 8>&- &
+keeper=$!
 "$@" >>"$base.log" 2>&1 </dev/null 8>&-
 code=$?
+kill "$keeper"
 printf '%s %s\\n' "$code" "$(($(date +%s) - begun))" >"$base.exit.new" && sync "$base.log" "$base.exit.new" && mv "$base.exit.new" "$base.exit" && sync "\${base%/*}"
 exit "$code"`;
 
@@ -153,10 +157,13 @@ export function joins(line: Line, step: Command, now: JobState): boolean {
   return wanted && (now.state === "running" || (now.state === "ok" && job.result === undefined));
 }
 
+/** What failed when something was removed for it is Unfinished. */
+type Work = Command & { halfway?: true | undefined };
+
 const WAIT = 20;
 
 /** Waits for the job of the line and records how it ended. A connection that is lost meanwhile does not harm the job. */
-export async function ended(host: Host, line: Line, step: Command, deadline: number): Promise<void> {
+export async function ended(host: Host, line: Line, step: Work, deadline: number): Promise<void> {
   const { job } = line;
   if (job === undefined) throw new Error(`${line.kind} ${line.identity} has no job to wait for`);
   let told = 0;
@@ -188,20 +195,19 @@ export async function ended(host: Host, line: Line, step: Command, deadline: num
   }
 }
 
-function failed(host: Host, job: Job, step: Command, { exit, rebooted, log }: JobState): CommandFailed {
+function failed(host: Host, job: Job, step: Work, { exit, rebooted, log }: JobState): CommandFailed | Unfinished {
   const tool = (step.shown ?? step.argv)[0];
   const how =
     exit !== undefined
       ? `${tool} exited ${exit} on ${host.name}`
       : `${tool} ended on ${host.name} without a result: ${rebooted ? "the host was started anew meanwhile" : "it was killed"}`;
-  return new CommandFailed({
+  const told = {
     what: `Unable to ${step.why}: ${how}.`,
     command: shown({ argv: step.shown ?? step.argv }),
     stderr: log.trim().split("\n").slice(-12).join("\n"),
-    exit,
-    stdout: log,
     next: `${step.next ?? "Run `pulumi up` again: it clears up what this attempt left, and begins anew."} The whole log is ${baseOf(job)}.log on the host.`,
-  });
+  };
+  return step.halfway ? new Unfinished(told) : new CommandFailed({ ...told, exit, stdout: log });
 }
 
 /** Removes what is left of a line's job on the host; for an object that goes. */

@@ -170,7 +170,7 @@ function damaged(host: string, file: string, why: string) {
  * - The lock file says who holds it, its time since when; a fork less than a file beside it.
  * - Refusals leave a marked line on stderr, since every exit status can be the tool's own.
  * - `want` is the incarnation in the ledger, "" when there must be none.
- * - `line` is written unless it is what is there; "-" removes it after the tool, which is absent then.
+ * - `line` is written unless it is what is there; "-" removes it, after the tool has ended well when there is one.
  */
 const FENCE = `
 n=$1 d=$2 r=$3 k=$4 f=$5 want=$6 wait=$7 who=$8 line=$9; shift 9
@@ -200,6 +200,7 @@ if [ ! -s "$d/uuid" ]; then
   [ -s "$d/uuid" ] && sync "$d" || say write "$d/uuid"
 fi
 if [ "$line" = - ]; then
+  [ $# -eq 0 ] || "$@" 9>&- || exit
   rm "$file" && sync "$d/$k" || say write "$file"
   exit 0
 fi
@@ -226,16 +227,15 @@ export async function fenced(
   command?: Command,
   places: Places = PLACES,
 ): Promise<Answer> {
-  if (command === undefined) return await step(host, line, expected, JSON.stringify(ordered(line)), undefined, places);
-  await hooks.beforeStep?.(line, command);
-  const answer = await step(host, line, expected, JSON.stringify(ordered(line)), command, places);
-  await hooks.afterStep?.(line, command);
-  return answer;
+  return await step(host, line, expected, JSON.stringify(ordered(line)), command, places);
 }
 
-/** Removes the line, under the same lock and check. One that is gone already is removed. */
-export async function forget(host: Host, line: Line, places: Places = PLACES): Promise<void> {
-  await step(host, line, line.incarnation, "-", undefined, places);
+/**
+ * Removes the line, under the same lock and check. With a command, the last one of a removal: runs it first, and keeps the line
+ * when it fails. A line that is gone already was removed with its object, e.g. by a run whose connection was lost meanwhile.
+ */
+export async function forget(host: Host, line: Line, command?: Command, places: Places = PLACES): Promise<void> {
+  await step(host, line, line.incarnation, "-", command, places);
 }
 
 // Whatever order a caller builds a line in, the same line is the same text, and is not written twice.
@@ -263,8 +263,11 @@ async function step(
   const shown: Argv = command?.shown ??
     command?.argv ?? [text === "-" ? "rm" : "write", `${ledger}/${line.kind}/${name}.json`];
   const deed = command === undefined ? "ledger" : "change";
+  if (command !== undefined) await hooks.beforeStep?.(line, command);
   try {
-    return await host.run({ ...command, why, argv, shown, timeout: 2 * timeout + SLACK, deed });
+    const answer = await host.run({ ...command, why, argv, shown, timeout: 2 * timeout + SLACK, deed });
+    if (command !== undefined) await hooks.afterStep?.(line, command);
+    return answer;
   } catch (cause) {
     if (!(cause instanceof CommandFailed)) throw cause;
     const [, refusal, detail = ""] = new RegExp(`\\u001e${nonce} (lock|fence|write) (.*)`).exec(cause.stderr) ?? [];

@@ -155,29 +155,16 @@ export class NfsDumpStorage extends HostResource {
   readonly #hasContentDirs: boolean;
 
   constructor(name: string, args: NfsDumpStorageArgs, opts?: pulumi.CustomResourceOptions) {
-    const isGet = opts?.id !== undefined;
-    const declared = isGet
-      ? {
-          ...args,
-          ...unread([
-            "storageId",
-            "server",
-            "export",
-            "path",
-            "content",
-            "contentDirs",
-            "retention",
-            "options",
-            "nodes",
-          ]),
-        }
-      : {
-          ...args,
-          path: args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`,
-          ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }),
-        };
-    super("NfsDumpStorage", name, declared, ["status"], [args.storageId], opts);
-    this.#hasContentDirs = isGet || args.contentDirs !== undefined;
+    const path = args.path ?? pulumi.interpolate`/mnt/pve/${args.storageId}`;
+    const read = ["storageId", "server", "export", "path", "content", "contentDirs", "retention", "options", "nodes"];
+    super(
+      "NfsDumpStorage",
+      name,
+      { ...args, path, ...(args.vmIds === undefined ? {} : { vmIds: bounds(args.vmIds) }) },
+      { outputs: ["status"], read, identity: [args.storageId] },
+      opts,
+    );
+    this.#hasContentDirs = opts?.id !== undefined || args.contentDirs !== undefined;
   }
 
   /** Reads an existing storage, also one that is not ours. id: the storage id. Throws when there is none. */
@@ -234,8 +221,8 @@ export class VmIdRange extends HostResource {
   constructor(name: string, args: VmIdRangeArgs, opts?: pulumi.CustomResourceOptions) {
     const isGet = opts?.id !== undefined;
     if (!isGet) checkRange(name, args);
-    const declared = isGet ? { ...args, ...unread(["lower", "upper"]) } : { ...args };
-    super("VmIdRange", name, declared, ["status"], [isGet ? undefined : `${args.lower}-${args.upper}`], opts);
+    const identity = [`${args.lower}-${args.upper}`];
+    super("VmIdRange", name, { ...args }, { outputs: ["status"], read: ["lower", "upper"], identity }, opts);
     if (!isGet) plainly.set(this, { name, lower: args.lower, upper: args.upper });
   }
 
@@ -432,11 +419,9 @@ export class BackupSchedule extends HostResource {
   declare private readonly isEnabled: Output<boolean | undefined>;
 
   constructor(name: string, args: BackupScheduleArgs, opts?: pulumi.CustomResourceOptions) {
-    const named =
-      opts?.id === undefined
-        ? { ...args, name: args.name ?? name }
-        : { ...args, ...unread(["name", "schedule", "enabled", "storage"]) };
-    super("BackupSchedule", name, { enabled: undefined, ...named }, ["status", "isEnabled"], [named.name], opts);
+    const named = { enabled: undefined, ...args, name: args.name ?? name };
+    const read = ["name", "schedule", "enabled", "storage"];
+    super("BackupSchedule", name, named, { outputs: ["status", "isEnabled"], read, identity: [named.name] }, opts);
     const enabled = this.enabled.apply(
       (declared: boolean | undefined) => declared ?? this.isEnabled.apply((found) => found ?? true),
     );
@@ -500,6 +485,7 @@ export interface NbdExport {
  * - A snapshot of an ordinary volume has room of its own (`size`); when more of the origin changes than fits, LVM drops it. Then,
  *   and when it was removed or merged, the point in time is **lost**: `refresh` says so with `status.valid: false`, `up` fails
  *   until you take a new one on purpose.
+ * - It is known by its uuid: one that was renamed by hand is drift, and gets its name back.
  * - An ordinary origin cannot be resized while it has a snapshot.
  * - Rolling back (`lvconvert --merge`) is an act by hand, never part of an update, replacement or destroy.
  * - Refused: an unknown volume group, origin or too little room (before anything is changed), a name that is taken, a snapshot of
@@ -524,11 +510,10 @@ export class LvSnapshot extends HostResource {
   }>;
 
   constructor(name: string, args: LvSnapshotArgs, opts?: pulumi.CustomResourceOptions) {
-    const named =
-      opts?.id === undefined
-        ? { ...args, name: args.name ?? name }
-        : { ...args, ...unread(["volumeGroup", "origin", "name"]) };
-    super("LvSnapshot", name, named, ["uuid", "takenAt", "status"], [args.volumeGroup, named.name], opts);
+    const named = { ...args, name: args.name ?? name };
+    const identity = [args.volumeGroup, named.name];
+    const read = ["volumeGroup", "origin", "name"];
+    super("LvSnapshot", name, named, { outputs: ["uuid", "takenAt", "status"], read, identity }, opts);
   }
 
   /** Reads an existing snapshot, also one that is not ours. id: `vg/snapshot`. Throws when there is none. */
@@ -556,7 +541,8 @@ interface RestoreCommon extends OnHost {
   name?: Input<string> | undefined;
   /** Make it a template (default), or leave it a stopped guest. */
   template?: Input<boolean> | undefined;
-  /** Check the archive before anything is written, and the volumes afterwards. Default true. */
+  /** Check the archive before anything is written, and the volumes afterwards. Default true. On Proxmox VE its size, head and
+   *  configuration are always looked at; it is read to its end only before a guest is removed for it, as reading takes as long as restoring. */
   verify?: Input<boolean> | undefined;
   /** What destroy does. Default `destroy` for a template restored here, `keep` for `template: false` and for what was adopted.
    *  Destroy refuses while the guest runs or has clones. */
@@ -654,6 +640,10 @@ export type RestoredTemplateArgs = ProxmoxRestoreArgs | LibvirtRestoreArgs;
  * - The copy does not wake up as a twin: no start at boot, no devices of the host, no firewall rules (`status.changed`).
  * - Refused before anything is made: an archive that does not exist, is empty, unreadable or a container's; dumps of two guests
  *   under one id; a storage without images or room; an id that is not free.
+ * - Room: thick storages (LVM, ZFS that is not sparse, preallocation) need the whole size of the disks, others the data. How much data
+ *   a compressed archive holds is not known before it is read: then its own size is the least, and a warning says so.
+ * - An id out of a range is written down on the export whose store claims it (`vmIds`), and not given out again.
+ * - What was adopted is never removed for another `from`, unless `onDelete: "destroy"` is declared.
  * - Destroy refuses while the guest has linked clones, runs, is locked, protected, managed by HA, has snapshots, or is no longer
  *   what was restored.
  */
@@ -690,8 +680,7 @@ export class RestoredTemplate extends HostResource {
       "RestoredTemplate",
       name,
       { name: undefined, ...args, vmId: range ?? id },
-      outputs,
-      [typeof id === "number" ? String(id) : undefined],
+      { outputs, read: ["name", "vmId"], identity: [typeof id === "number" ? String(id) : undefined] },
       // Only a given id makes a new guest collide with the old one: of a range another one is taken.
       range === undefined ? opts : { deleteBeforeReplace: false, ...opts },
     );
@@ -723,9 +712,4 @@ function rangeOf(vmId: RestoredTemplateArgs["vmId"]): VmIds | undefined {
   if (typeof vmId !== "object" || vmId === null || pulumi.Output.isInstance(vmId) || vmId instanceof Promise)
     return undefined;
   return "lower" in vmId ? { lower: vmId.lower, upper: vmId.upper } : undefined;
-}
-
-/** Inputs that `.get` learns by reading: registered without a value, so that they become outputs. */
-function unread(fields: readonly string[]): Record<string, undefined> {
-  return Object.fromEntries(fields.map((field) => [field, undefined]));
 }

@@ -83,7 +83,7 @@ const lvs: Report<Row[]> = {
 };
 
 /** Volume groups by name; asked only to explain (lvs shows no group that is empty). */
-const vgs: Report<string[]> = {
+export const vgs: Report<string[]> = {
   why: "list the volume groups",
   argv: ["vgs", ...JSON_BYTES, "--options", "vg_name"],
   answer: z
@@ -138,15 +138,18 @@ export const isOverflowed = (row: Row) =>
   row.lv_snapshot_invalid === "snapshot invalid" || row.lv_attr[4] === "I" || row.lv_attr[4] === "S";
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host): Promise<Have> {
-  const rows = await host.ask(lvs);
-  const inGroup = rows.filter((row) => row.vg_name === want.volumeGroup);
+  const all = await host.ask(lvs);
+  const inGroup = all.filter((row) => row.vg_name === want.volumeGroup);
+  // A cloned volume group (vgimportclone) has volumes of the same uuids: those of the declared one come first.
+  const rows = [...inGroup, ...all.filter((row) => row.vg_name !== want.volumeGroup)];
   const pins = line?.pins ?? {};
   const named = inGroup.find((row) => bare(row) === want.name);
   const mine = pins.uuid === undefined ? named : rows.find((row) => row.lv_uuid === pins.uuid);
   const originUuid = mine?.origin_uuid ?? pins.originUuid; // a renamed origin is followed
-  const origin = inGroup.find((row) =>
-    originUuid === undefined ? bare(row) === want.origin : row.lv_uuid === originUuid,
-  );
+  const origin =
+    originUuid === undefined
+      ? inGroup.find((row) => bare(row) === want.origin)
+      : rows.find((row) => row.lv_uuid === originUuid);
   const pool = origin && inGroup.find((row) => bare(row) === origin.pool_lv && origin.pool_lv !== "");
   const have: Have = {
     exists: mine !== undefined,
@@ -225,12 +228,36 @@ function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
     if (have.stranger !== undefined) throw taken(what);
     return [take(want, have, line)];
   }
-  if (lv.origin === "" || have.origin === undefined || !sameOrigin(want, have, line))
+  // A thin one outlives its origin, and is then the last copy.
+  const outlived = have.isPinned && isThin(lv) && lv.origin_uuid === "";
+  if (!outlived && (lv.origin === "" || have.origin === undefined || !sameOrigin(want, have, line)))
     throw new Conflict({
       what: `${what} exists, but it is ${lv.origin === "" ? "no snapshot" : `a snapshot of ${lv.origin}, not of ${want.origin}`}. It was left as it is.`,
       next: "Choose another `name`, or name the volume that it is a snapshot of as `origin`.",
     });
-  return [...mark(lv, line), ...extend(want, have, line)];
+  return [...rename(want, have), ...mark(lv, line), ...extend(want, have, line)];
+}
+
+/** Renamed by hand: it is known by its uuid, and gets its name back. A replacement would lose the point in time. */
+function rename(want: Want, { lv, stranger }: Have): Step[] {
+  if (lv === undefined || lv.path === `${want.volumeGroup}/${want.name}`) return [];
+  if (lv.vg_name !== want.volumeGroup)
+    throw new Conflict({
+      what: `The snapshot ${want.volumeGroup}/${want.name} is ${lv.path} now (uuid ${lv.lv_uuid}). It was left as it is.`,
+      next: `If its volume group was renamed, declare \`volumeGroup: "${lv.vg_name}"\` after a \`pulumi refresh\`, or rename it back with \`vgrename\`.`,
+    });
+  if (stranger !== undefined)
+    throw new Conflict({
+      what: `The snapshot ${want.volumeGroup}/${want.name} was renamed to ${bare(lv)}, and another volume has its name. Both were left as they are.`,
+      next: `Rename the other one, or declare \`name: "${bare(lv)}"\` after a \`pulumi refresh\`.`,
+    });
+  return [
+    {
+      why: `give ${lv.path} its name ${want.name} back`,
+      argv: ["lvrename", "--", want.volumeGroup, bare(lv), want.name],
+      look: true,
+    },
+  ];
 }
 
 /** By name when a snapshot is taken or taken over. Later by uuid (see observe): a renamed origin is no drift. */
@@ -375,6 +402,11 @@ function extend(want: Want, have: Have, line: Line<Pins>): Step[] {
 
 // ---------------------------------------------------------------- remove
 
+// Reads back, so that nothing needs to look again before it is forgotten.
+const REMOVE = `lvremove --yes --select "lv_uuid=$1" -- "$2" || exit
+left=$(lvs --noheadings --options lv_uuid --select "lv_uuid=$1" -- "\${2%%/*}") || exit
+[ -z "$left" ] || { echo "lvremove ended without an error, and yet it is there" >&2; exit 1; }`;
+
 function remove(have: Have, line: Line<Pins>): Step[] {
   const { lv } = have;
   // A create that was cut short wrote no uuid down; what it made is known by its mark.
@@ -394,8 +426,9 @@ function remove(have: Have, line: Line<Pins>): Step[] {
   return [
     {
       why: `remove the snapshot ${lv.path}`,
-      argv: ["lvremove", "--yes", "--select", `lv_uuid=${lv.lv_uuid}`, "--", lv.path],
-      look: true,
+      argv: ["sh", "-c", REMOVE, "remove", lv.lv_uuid, lv.path],
+      shown: ["lvremove", "--yes", "--select", `lv_uuid=${lv.lv_uuid}`, "--", lv.path],
+      last: true,
       next: "If it is in use: unmount it or end what has it open (`lsof`, `fuser -v`), then run `pulumi destroy` again.",
     },
   ];
@@ -425,7 +458,8 @@ function asFound(want: Want, have: Have, line: Line<Pins>): Want {
   if (lv === undefined) return want;
   const found: Want = { ...want };
   found.origin ??= bare(origin ?? lv);
-  found.name ??= bare(lv);
+  found.volumeGroup = lv.vg_name;
+  found.name = bare(lv);
   if (origin !== undefined && want.size !== undefined && !isThin(lv) && lv.bytes < needed(line, origin))
     found.size = lv.bytes;
   return found;

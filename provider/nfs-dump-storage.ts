@@ -298,7 +298,7 @@ async function sameServer(a: string, b: string, host: Host): Promise<boolean> {
 }
 
 /** Looks at all mounts of the node's NFS storages at once: the same question for every resource, so that it is asked once. */
-async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): Promise<Map<string, OnExport>> {
+async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): Promise<Map<string, Mounted>> {
   const shown = seen.storages
     .flatMap((storage) => {
       const { path = "", server = "", export: exported = "" } = storage.values;
@@ -314,11 +314,41 @@ async function mountsLookedAt(states: StorageState[], seen: Look, host: Host): P
   if (shown.length === 0) return new Map();
   const found = await host.ask(probe(shown));
   return new Map(
-    shown.flatMap(({ id }, i) => {
+    shown.flatMap(({ id, path, source }, i) => {
       const one = found[i];
-      return one?.answers ? [[id, one]] : [];
+      return one?.answers ? [[id, { ...one, path, source }]] : [];
     }),
   );
+}
+
+/** An export that answers, and where it is mounted. */
+type Mounted = OnExport & { path: string; source: string };
+
+/**
+ * Where it has to be written down that a guest had this id: the registries in which it is claimed. `unseen`: an export cannot be asked
+ * now (it does not answer, its storage is disabled).
+ */
+export async function idUnremembered(vmId: number, host: Host): Promise<{ at: Mounted[]; unseen: boolean }> {
+  const seen = await host.ask(look);
+  const nfs = seen.storages.filter(({ type }) => type === "nfs");
+  const on =
+    nfs.length === 0 ? new Map<string, Mounted>() : await mountsLookedAt(await host.ask(storageStates), seen, host);
+  const claimed = [...on.values()].filter(({ claims }) => claims.some((c) => c.lower <= vmId && vmId <= c.upper));
+  const todo = claimed.filter(({ used }) => !used.includes(vmId));
+  return {
+    at: todo.filter(({ registryId }, i) => todo.findIndex((other) => other.registryId === registryId) === i),
+    unseen: nfs.some(({ id }) => !on.has(id)),
+  };
+}
+
+/** Writes it down there. A reused id would hand on a dead guest's dumps. */
+export function remember(vmId: number, owner: string, { path, source }: { path: string; source: string }): Step {
+  return {
+    why: `note on ${source} that the id ${vmId} is used`,
+    argv: ["sh", "-c", `${ON_MOUNT}remember "$@"`, "remember", path, source, encodedOwner(owner), String(vmId)],
+    shown: ["remember", path, String(vmId)],
+    look: true,
+  };
 }
 
 /** The ids that the registries on the node's exports know as used: whoever gives one away again hands on a dead guest's dumps. */

@@ -212,6 +212,17 @@ claim() (
   unlock
   exit "$ended"
 )
+
+# remember PATH SOURCE OWNER ID: a guest has this id, also when nobody has it any more.
+remember() (
+  registry "$1" "$2" && lock "$3" || exit 1
+  touch claims && new=$(awk -v id="$4" '
+    $NF == "." && $1 == "used" && $2 == id { known = 1 }
+    END { if (!known) print "used " id " ." }' claims) && record "$new"
+  ended=$?
+  unlock
+  exit "$ended"
+)
 `;
 
 /** Functions of the scripts that work on a mount. */

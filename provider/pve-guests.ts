@@ -153,6 +153,12 @@ export function disksOf(values: GuestFile["values"]): Record<string, string> {
 /** A disk of a guest and of the template that it became have one name here. */
 export const diskName = (volid: string): string => volid.replace(/(^|[:/])(?:vm|base)-(\d+)-/g, "$1vm-$2-");
 
+/** The guest whose volume it is, by its name: of a linked clone the clone, not the template. */
+export function ownerOf(volid: string): number | undefined {
+  const id = /(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$/.exec(volid)?.[1];
+  return id === undefined ? undefined : Number(id);
+}
+
 export const storageOf = (volid: string): string => volid.slice(0, volid.indexOf(":"));
 
 /** Options that give a guest a device of its host. */

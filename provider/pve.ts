@@ -163,6 +163,8 @@ const storageRow = z.object({
   pool: z.string().optional(),
   /** Another storage's volume that this one needs. */
   base: z.string().optional(),
+  /** Of zfspool: volumes reserve nothing. */
+  sparse: flag.optional(),
 });
 export type Storage = z.output<typeof storageRow>;
 
@@ -204,6 +206,8 @@ const volume = z.object({
   content: z.string(),
   format: z.string(),
   size: numeral,
+  /** Of an image, where the storage tells it: what it takes now. */
+  used: numeral.optional(),
   vmid: numeral.optional(),
   /** Of a backup: qemu or lxc. */
   subtype: z.string().optional(),

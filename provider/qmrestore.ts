@@ -54,12 +54,14 @@ export interface Archived {
   devices: string[];
   /** Of the disks that the archive holds, in bytes. */
   virtualBytes: number;
+  /** The configuration does not tell the size of each of them. */
+  unsized: boolean;
 }
 
 export function archivedConfig(text: string): Archived {
   const maps = [...text.matchAll(/^#qmdump#map:([^:]+):/gm)].map((m) => m[1] ?? "");
   const { values } = configOf(text.replace(/^#(?:qmdump|vzdump)#.*\n?/gm, ""));
-  const sizes = maps.map((key) => bytesOf(/(?:^|,)size=([^,]+)/.exec(values[key] ?? "")?.[1] ?? "") ?? 0);
+  const sizes = maps.map((key) => bytesOf(/(?:^|,)size=([^,]+)/.exec(values[key] ?? "")?.[1] ?? ""));
   return {
     name: values.name,
     tags: values.tags,
@@ -67,7 +69,8 @@ export function archivedConfig(text: string): Archived {
     onboot: values.onboot === "1",
     template: values.template === "1",
     devices: hostDevices(values),
-    virtualBytes: sizes.reduce((sum, size) => sum + size, 0),
+    virtualBytes: sizes.reduce((sum: number, size) => sum + (size ?? 0), 0),
+    unsized: sizes.includes(undefined),
   };
 }
 
@@ -82,9 +85,88 @@ export function extractConfig(archive: string): Report<Archived> {
   };
 }
 
-const NAMES = `for v; do printf '%s\\t' "$v"; pvesm extractconfig "$v" 2>/dev/null | sed -n 's/^name: *//p' | head -n 1 | grep . || echo; done`;
+const UNPACK = `path=$(pvesm path "$1") || exit
+unpacked() {
+  case $path in
+  *.zst) zstd -q -d -c "$path" ;;
+  *.gz | *.tgz) gzip -d -c "$path" ;;
+  *.lzo) lzop -d -c "$path" ;;
+  *) cat "$path" ;;
+  esac
+}
+`;
 
-/** The guests' names in several archives; "" where it cannot be read or has none. */
+/** The whole size of the disks by the archive's own header; the rest of the archive is not read. */
+export function deviceSizes(archive: string): Report<number> {
+  return {
+    why: `read the sizes of the disks in ${archive}`,
+    argv: ["sh", "-c", `${UNPACK}unpacked 2>/dev/null | vma list -`, "vmbackup-sizes", archive],
+    shown: ["vma", "list", archive],
+    parse: (stdout) =>
+      [...stdout.matchAll(/^DEV: dev_id=\d+ size: (\d+) /gm)].reduce((sum, [, size]) => sum + Number(size), 0),
+    answer: z.number().min(1, "names no disk"),
+  };
+}
+
+/** The data in a plain archive of that size, at least: each 59 clusters of 64 KiB have a head of 512 bytes, also those of holes. */
+export function vmaData(size: number, virtualBytes: number): number {
+  const heads = (Math.ceil(virtualBytes / (59 << 16)) + 256) * 512;
+  return Math.max(0, size - heads - (64 << 10));
+}
+
+const ENDS = `path=$(pvesm path "$1") || exit
+case $path in
+*.zst) echo zst; od -An -v -tu1 -w18 -N18 "$path" ;;
+*.gz | *.tgz) echo gz; tail -c 4 "$path" | od -An -v -tu1 ;;
+esac`;
+
+export interface Unpacked {
+  bytes: number;
+  /** False: it may be more, or nothing is told at all (vzdump compresses a stream, whose length zstd does not know before). */
+  known: boolean;
+}
+
+/** What the head or the end of a compressed archive says of its size unpacked. */
+export function unpackedSize(archive: string): Report<Unpacked> {
+  return {
+    why: `see how much data is in ${archive}`,
+    argv: ["sh", "-c", ENDS, "vmbackup-ends", archive],
+    shown: ["od", archive],
+    parse: (stdout) => {
+      const [kind, bytes = ""] = stdout.trim().split("\n");
+      const numbers = Buffer.from(bytes.trim().split(/\s+/).map(Number));
+      if (kind === "zst") return zstdContent(numbers);
+      // Of gzip's last member, modulo 4 GiB.
+      return { bytes: kind === "gz" && numbers.length === 4 ? numbers.readUInt32LE() : 0, known: false };
+    },
+    answer: z.object({ bytes: z.number(), known: z.boolean() }),
+  };
+}
+
+/** The head of a zstd frame: RFC 8878, 3.1.1.1. */
+export function zstdContent(head: Buffer): Unpacked {
+  const unknown = { bytes: 0, known: false };
+  if (head.length < 18 || head.readUInt32LE() !== 0xfd2fb528) return unknown;
+  const descriptor = head.readUInt8(4);
+  const single = (descriptor >> 5) & 1;
+  const at = 5 + (single ? 0 : 1) + ([0, 1, 2, 4][descriptor & 3] ?? 0);
+  switch (descriptor >> 6) {
+    case 1:
+      return { bytes: head.readUInt16LE(at) + 256, known: true };
+    case 2:
+      return { bytes: head.readUInt32LE(at), known: true };
+    case 3:
+      return at + 8 > head.length ? unknown : { bytes: Number(head.readBigUInt64LE(at)), known: true };
+    default:
+      return single ? { bytes: head.readUInt8(at), known: true } : unknown;
+  }
+}
+
+const NAMES = `for v; do
+  if text=$(pvesm extractconfig "$v" 2>/dev/null); then printf '%s\\t=%s\\n' "$v" "$(printf '%s\\n' "$text" | sed -n 's/^name: *//p' | head -n 1)"; fi
+done`;
+
+/** The guests' names in several archives; "" for a guest without one; an archive that cannot be read is not among them. */
 export function archivedNames(archives: readonly string[]): Report<Map<string, string>> {
   return {
     why: "read the guests' names in the dumps",
@@ -94,7 +176,7 @@ export function archivedNames(archives: readonly string[]): Report<Map<string, s
     parse: (stdout) =>
       new Map(
         stdout.split("\n").flatMap((line): [string, string][] => {
-          const [volid, name] = line.split("\t");
+          const [volid, name] = line.split("\t=");
           return volid && name !== undefined ? [[volid, name.trim()]] : [];
         }),
       ),
@@ -102,14 +184,8 @@ export function archivedNames(archives: readonly string[]): Report<Map<string, s
   };
 }
 
-const VERIFY = `set -eo pipefail
-path=$(pvesm path "$1")
-case $path in
-*.zst) zstd -q -d -c "$path" ;;
-*.gz | *.tgz) gzip -d -c "$path" ;;
-*.lzo) lzop -d -c "$path" ;;
-*) cat "$path" ;;
-esac | vma verify -v -`;
+const VERIFY = `set -o pipefail
+${UNPACK}unpacked | vma verify -v -`;
 
 /** Reads an archive from beginning to end and writes nothing. */
 export function verifyArgv(archive: string): Argv {

@@ -5,8 +5,8 @@ import { CommandFailed, Conflict, Refused } from "./errors.js";
 import type { Host } from "./host.js";
 import * as pve from "./pve.js";
 import type { Guests } from "./pve-guests.js";
-import { type Archived, archivedNames, extractConfig } from "./qmrestore.js";
-import { idsTaken } from "./vm-id-range.js";
+import { type Archived, archivedNames, deviceSizes, extractConfig, unpackedSize, vmaData } from "./qmrestore.js";
+import { idsTaken, USED } from "./vm-id-range.js";
 
 export type Source =
   | { archive: string }
@@ -18,8 +18,15 @@ export interface Choice {
   sourceTime: string | undefined;
   storage: string;
   archived: Archived;
-  /** The data has room, and the disks' whole size has not. */
-  overcommitted: { virtual: number; available: number } | undefined;
+  /** The disks' whole size has no room, and the data has; `data` is what is known of it, `known` whether that is all of it. */
+  overcommitted: Overcommitted | undefined;
+}
+
+export interface Overcommitted {
+  virtual: number;
+  available: number;
+  data?: number | undefined;
+  known?: boolean | undefined;
 }
 
 export const refused = (what: string, next: string): Refused =>
@@ -112,7 +119,8 @@ async function onlyGuest(
 ): Promise<pve.Volume[]> {
   if (dumps.length === 1 && guest === undefined) return dumps;
   const names = await host.ask(archivedNames(dumps.map((row) => row.volid)));
-  const known = [...new Set([...names.values()].filter((name) => name !== ""))].sort();
+  // Guests without a name are others than those with one.
+  const known = [...new Set([...names.values()].map((name) => name || "one without a name"))].sort();
   if (guest !== undefined) {
     const its = dumps.filter((row) => names.get(row.volid) === guest);
     if (its.length > 0) return its;
@@ -184,8 +192,15 @@ export function timesOf({ ctime = 0, volid }: Pick<pve.Volume, "ctime" | "volid"
 // ---------------------------------------------------------------- the place
 
 /** Whether a storage reserves the whole size of a disk when it is made. */
-function isThick({ type, preallocation }: pve.Storage): boolean {
-  return ["lvm", "zfspool", "iscsi", "iscsidirect"].includes(type) || ["falloc", "full"].includes(preallocation ?? "");
+export function isThick({ type, preallocation, sparse }: pve.Storage): boolean {
+  if (type === "zfspool") return sparse !== true;
+  return ["lvm", "iscsi", "iscsidirect"].includes(type) || ["falloc", "full"].includes(preallocation ?? "");
+}
+
+/** What is known of the data in an archive without reading it all: `least` bytes, and whether it can be more. */
+export interface Data {
+  least: number;
+  known: boolean;
 }
 
 interface Place {
@@ -195,13 +210,13 @@ interface Place {
 }
 
 /**
- * Of several the one with most room. `least` is what the data needs at least: the size of the archive (its data is compressed, and
- * how much it becomes is not known before). `freed` is what a guest that goes first gives back, by storage.
+ * Of several the one with most room. Thick ones need the whole size of the disks, thin and sparse ones the data. `freed` is what a
+ * guest that goes first gives back, by storage.
  */
 export function choosePlace(
   to: readonly { storage: string }[],
   rows: { states: readonly pve.StorageState[]; storages: readonly pve.Storage[] },
-  need: { virtual: number; least: number; freed?: ReadonlyMap<string, number> | undefined },
+  need: { virtual: number; data: Data; freed?: ReadonlyMap<string, number> | undefined },
 ): Place {
   const reasons: string[] = [];
   const fit = to.flatMap(({ storage }): Place[] => {
@@ -217,14 +232,16 @@ export function choosePlace(
     if (!state.enabled) return why("is disabled, or not for this node");
     if (!state.active) return why("is not active");
     const available = state.avail + (need.freed?.get(storage) ?? 0);
-    const wanted = isThick(settings) ? need.virtual : need.least;
+    const wanted = isThick(settings) ? need.virtual : Math.min(need.data.least, need.virtual);
     if (available < wanted)
       return why(
         isThick(settings)
           ? `has ${available} bytes free, and reserves the whole ${wanted} bytes of the disks`
-          : `has ${available} bytes free, and the data is ${wanted} bytes at least`,
+          : `has ${available} bytes free, and the data is ${wanted} bytes${need.data.known ? "" : " at least"}`,
       );
-    const overcommitted = available < need.virtual ? { virtual: need.virtual, available } : undefined;
+    const { least, known } = need.data;
+    const overcommitted =
+      available < need.virtual ? { virtual: need.virtual, available, data: least, known } : undefined;
     return [{ storage, available, overcommitted }];
   });
   const [best] = fit.sort((a, b) => b.available - a.available || a.storage.localeCompare(b.storage));
@@ -244,7 +261,9 @@ async function checkId(vmId: number, name: string | undefined, guests: Guests, h
     });
   const taken = await idsTaken(host);
   const why = taken.ids.get(vmId);
-  if (why === undefined) return;
+  // An id that is only remembered is passed over where one of a range is chosen. Here it is chosen: given as a number, or the one that
+  // this resource had before; and what could be inherited would be seen.
+  if (why === undefined || why === USED) return;
   const dumps = await dumpsOf(vmId, host);
   if (why.startsWith("the dump")) {
     const names = await host.ask(archivedNames(dumps));
@@ -274,6 +293,8 @@ export interface Asked {
   kept?: string | undefined;
   /** The guest that is there is ours and goes first: what its disks give back, by storage. */
   inPlace?: ReadonlyMap<string, number> | undefined;
+  /** Bytes of data, where the archive has been read to its end. */
+  data?: number | undefined;
 }
 
 /** Throws Refused or Conflict. Changes nothing. */
@@ -286,11 +307,17 @@ export async function choose(asked: Asked, guests: Guests, host: Host): Promise<
   ]);
   const name = asked.name ?? archived.name;
   if (asked.inPlace === undefined) await checkId(asked.vmId, name, guests, host);
-  const place = choosePlace(
-    asked.to,
-    { states, storages },
-    { virtual: archived.virtualBytes, least: Math.min(row.size, archived.virtualBytes), freed: asked.inPlace },
+  const virtual = archived.unsized ? await host.ask(deviceSizes(row.volid)) : archived.virtualBytes;
+  const isTight = asked.to.some(({ storage }) =>
+    states.some((state) => state.storage === storage && state.avail + (asked.inPlace?.get(storage) ?? 0) < virtual),
   );
+  const data =
+    asked.data !== undefined
+      ? { least: asked.data, known: true }
+      : isTight
+        ? await dataIn(row, virtual, host)
+        : { least: 0, known: false }; // whatever it is, it fits
+  const place = choosePlace(asked.to, { states, storages }, { virtual, data, freed: asked.inPlace });
   return {
     archive: row.volid,
     sourceTime: row.ctime === undefined ? undefined : new Date(row.ctime * 1000).toISOString(),
@@ -298,6 +325,13 @@ export async function choose(asked: Asked, guests: Guests, host: Host): Promise<
     archived,
     overcommitted: place.overcommitted,
   };
+}
+
+/** Of a plain archive its size tells; of a compressed one its head or end may, and otherwise its size is the least. */
+async function dataIn(row: pve.Volume, virtual: number, host: Host): Promise<Data> {
+  if (row.volid.endsWith(".vma")) return { least: vmaData(row.size, virtual), known: true };
+  const unpacked = await host.ask(unpackedSize(row.volid));
+  return { least: vmaData(Math.max(row.size, unpacked.bytes), virtual), known: unpacked.known };
 }
 
 async function configIn(archive: string, host: Host): Promise<Archived> {

@@ -10,11 +10,12 @@ import type { Host } from "./host.js";
 import { argvHash, type JobState, jobState } from "./host-job.js";
 import { type Line, memory } from "./host-ledger.js";
 import { contains, type Range } from "./id-range.js";
+import { idUnremembered } from "./nfs-dump-storage.js";
 import * as pve from "./pve.js";
 import * as files from "./pve-guests.js";
 import { restoredBy, verifyArgv } from "./qmrestore.js";
 import type { Want } from "./restored-template.js";
-import { choose, refused, type Source } from "./restored-template-choice.js";
+import { choose, isThick, type Overcommitted, refused, type Source } from "./restored-template-choice.js";
 import { isSettled, unmarked } from "./restored-template-settings.js";
 import { firstFree, idsTaken } from "./vm-id-range.js";
 
@@ -32,7 +33,7 @@ export interface Pinned {
   storage?: string | undefined;
   /** What the archive's configuration says of what the program may leave out. */
   archived?: { name?: string | undefined; tags?: string | undefined; description?: string | undefined } | undefined;
-  overcommitted?: { virtual: number; available: number } | undefined;
+  overcommitted?: Overcommitted | undefined;
   /** Settings of the archive that the guest has otherwise, on purpose. */
   changed?: string[] | undefined;
   /** Drawn by Proxmox for this guest alone. Absent until it is there. */
@@ -43,6 +44,8 @@ export interface Pinned {
   bytes?: number | undefined;
   seconds?: number | undefined;
   adopted?: true | undefined;
+  /** Of an id out of a range: every registry that claims it knows that it is used. */
+  remembered?: true | undefined;
 }
 
 export interface Pins extends Pinned {
@@ -65,6 +68,10 @@ export interface Mine {
   unknown: string[];
   /** Disks that the configuration names and no storage has. */
   missing: string[];
+  /** Disks of a template that were not made a template's. */
+  unconverted: string[];
+  /** What its disks give back, by storage. */
+  frees: ReadonlyMap<string, number>;
 }
 
 export interface Have extends Observed<Pins> {
@@ -74,8 +81,12 @@ export interface Have extends Observed<Pins> {
   placeholder: { file: files.GuestFile; free: boolean } | undefined;
   /** The guest that it replaces. */
   old: Mine | undefined;
-  /** Volumes of ours that no guest of ours has. */
+  /** Volumes of ours that are nobody's: their guest is gone, or is the placeholder. */
   leftovers: string[];
+  /** Storages that do not answer, and may have such volumes. */
+  unseen: string[];
+  /** Registries of ids that have to learn of the guest's. */
+  unremembered: { path: string; source: string }[];
   /** Something else has the id. */
   stranger: files.GuestFile | undefined;
   /** Why nothing can be restored here. */
@@ -125,18 +136,31 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
       placeholder = { file, free: await host.ask(files.guestLock(vmId)) };
     }
   }
-  if (found !== undefined && next !== undefined) next = described(next, found, want, pins !== undefined);
+  if (found !== undefined && next !== undefined) next = described(next, found, pins !== undefined);
   const oldFile = pins?.old === undefined ? undefined : guests.byId.get(pins.old.vmId);
   const oldIsThere = oldFile !== undefined && tokenOf(oldFile) === pins?.old?.token;
 
   const lost = job.state === "failed" && restoring ? done.made : [];
   const volumes = await volumesOf([next, next?.old], lost, host);
   const mine = found === undefined || next === undefined ? undefined : mineOf(found, next, volumes);
+  // Once, when all is as it shall be.
+  if (
+    mine !== undefined &&
+    next !== undefined &&
+    next.settings === undefined &&
+    (next.adopted || isSettled(want, mine))
+  )
+    next.settings = settingsOf(mine.file);
   const old =
     !oldIsThere || oldFile === undefined || next?.old === undefined ? undefined : mineOf(oldFile, next.old, volumes);
-  // Whatever any guest has is none of them, also when it has the name of a volume that was ours.
+  // Whoever has the id of a volume now has the volume, also one that his configuration does not name: a restore of his that is still at
+  // work, a snapshot, a disk that was taken off by hand. And whatever any guest names is none of them.
   const inUse = new Set([...guests.byId.values()].flatMap((guest) => namesOf(guest)));
-  const leftovers = job.state === "running" ? [] : volumes.ours.filter((volid) => !inUse.has(files.diskName(volid)));
+  const isNobodys = (volid: string) => {
+    const owner = guests.byId.get(files.ownerOf(volid) ?? vmId);
+    return (owner === undefined || owner === placeholder?.file) && !inUse.has(files.diskName(volid));
+  };
+  const leftovers = job.state === "running" ? [] : volumes.ours.filter(isNobodys);
   if (next?.old !== undefined && old === undefined && !leftovers.some((volid) => isOf(volid, next?.old))) {
     if (mine === undefined) next.instead = next.old.archive ?? next.instead;
     delete next.old;
@@ -149,6 +173,8 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
     placeholder,
     old,
     leftovers,
+    unremembered: [],
+    unseen: mine === undefined && old === undefined && job.state !== "running" ? volumes.unseen : [],
     stranger:
       mine === undefined && placeholder === undefined && job.state !== "running" && old?.file !== file
         ? file
@@ -162,11 +188,28 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
   };
   if (job.state === "running") have.exists = true;
   if (pins === undefined && file !== undefined) have.exists = true; // also what cannot be taken over: plan says why
+  if (mine !== undefined && next !== undefined && typeof want.vmId !== "number" && !next.adopted && !next.remembered) {
+    const { at, unseen } = await idUnremembered(vmId, host);
+    have.unremembered = at;
+    if (at.length === 0 && !unseen) next.remembered = true;
+  }
   if (purpose === "plan" && want.from !== undefined && want.to !== undefined)
-    await chooseNext(want, { from: want.from, to: want.to }, vmId, have, line?.job?.unit, guests, host);
-  have.verified = reading && job.state === "ok" && have.pins?.archive === pins?.archive;
+    await chooseNext(
+      want,
+      { from: want.from, to: want.to },
+      vmId,
+      have,
+      line,
+      reading ? done.bytes : undefined,
+      guests,
+      host,
+    );
+  have.verified = reading && job.state === "ok" && have.pins?.archive === pins?.archive && isFresh(line);
   return have;
 }
+
+/** An archive that was read long ago may have been damaged since. */
+const isFresh = (line: Line<Pins>) => Date.now() - Date.parse(line.job?.startedAt ?? "") < 24 * 3600_000;
 
 /** Whether something has to be restored, and what. The result is in `have`: the new pins, or why not. */
 async function chooseNext(
@@ -174,7 +217,8 @@ async function chooseNext(
   { from: source, to: places }: { from: Source; to: { storage: string }[] },
   vmId: number,
   have: Have,
-  jobBefore: string | undefined,
+  line: Line<Pins> | undefined,
+  data: number | undefined,
   guests: files.Guests,
   host: Host,
 ): Promise<void> {
@@ -207,7 +251,8 @@ async function chooseNext(
         vmId: target,
         name: want.name,
         kept: asks ? undefined : pins?.archive,
-        inPlace: before?.vmId === target ? freedBy(have) : undefined,
+        inPlace: before?.vmId === target ? (have.mine ?? have.old)?.frees : undefined,
+        data: asks ? undefined : data,
       },
       guests,
       host,
@@ -230,22 +275,16 @@ async function chooseNext(
       overcommitted: choice.overcommitted,
       changed: [...(onboot ? ["onboot"] : []), ...devices],
       instead: pins?.instead,
-      jobBefore,
+      jobBefore: line?.job?.unit,
       old: before === undefined ? undefined : guestBefore,
     };
     if (mine !== undefined) Object.assign(have, { old: mine, mine: undefined });
+    if (target !== vmId) have.stranger = undefined; // another id: whoever has that one may keep it
   } catch (error) {
     if (!(error instanceof Refused || error instanceof Conflict || error instanceof CommandFailed)) throw error;
     have.refused = error;
   }
 }
-
-const freedBy = (have: Have): ReadonlyMap<string, number> => {
-  const guest = have.mine ?? have.old;
-  const freed = new Map<string, number>();
-  if (guest?.pinned.storage !== undefined) freed.set(guest.pinned.storage, guest.pinned.bytes ?? 0);
-  return freed;
-};
 
 /** Ids that restores of this host have, or are about to take. */
 function claimed(lines: readonly Line[]): number[] {
@@ -272,8 +311,8 @@ function adopted(want: Want, file: files.GuestFile, vmId: number): Pins {
   return { vmId, asked: want.from, token: tokenOf(file), adopted: true };
 }
 
-/** What is seen of a guest of ours; its settings once, when all is as it shall be. */
-function described(pins: Pins, file: files.GuestFile, want: Want, ours: boolean): Pins {
+/** What is seen of a guest of ours. */
+function described(pins: Pins, file: files.GuestFile, ours: boolean): Pins {
   const next: Pins = { ...pins };
   const disks = files.disksOf(file.values);
   const known = Object.values(pins.volumes ?? {}).map(files.diskName);
@@ -281,18 +320,19 @@ function described(pins: Pins, file: files.GuestFile, want: Want, ours: boolean)
   next.volumes = Object.fromEntries(
     Object.entries(disks).filter(([, volid]) => !sealed || known.includes(files.diskName(volid))),
   );
-  if (sealed) return next;
-  if (file.firewall && ours && !next.changed?.includes("firewall"))
+  if (!sealed && file.firewall && ours && !next.changed?.includes("firewall"))
     next.changed = [...(next.changed ?? []), "firewall"];
-  if (next.adopted || isSettled(want, next, file)) next.settings = settingsOf(file);
   return next;
 }
 
 /** Drawn anew by each restore and clone, and at no other time. */
 function tokenOf({ values }: files.GuestFile): string {
-  const own = values.vmgenid ?? /(?:^|,)uuid=([^,]+)/.exec(values.smbios1 ?? "")?.[1];
+  const { vmgenid } = values;
+  // "0" switches it off: any number of guests may have that.
+  const own = vmgenid === "0" ? undefined : vmgenid;
+  const uuid = /(?:^|,)uuid=([^,]+)/.exec(values.smbios1 ?? "")?.[1];
   // A guest without either (made before 2018) is known by its disks.
-  return own ?? Object.values(files.disksOf(values)).map(files.diskName).sort().join(",");
+  return own ?? uuid ?? Object.values(files.disksOf(values)).map(files.diskName).sort().join(",");
 }
 
 /** Not what the program may declare, and not what refuses a delete in words of its own. */
@@ -325,26 +365,37 @@ export function isPlaceholder({ raw }: files.GuestFile): boolean {
 
 const namesOf = (file: files.GuestFile) => Object.values(files.disksOf(file.values)).map(files.diskName);
 
-/** Whether a guest is the one that a job made. */
+/** Whether a guest is the one that a job made: one without disks has none of anybody's. */
 function isMadeOf(file: files.GuestFile, volids: readonly string[]): boolean {
   const names = namesOf(file);
-  return !isPlaceholder(file) && volids.every((volid) => names.includes(files.diskName(volid)));
+  if (isPlaceholder(file) || (volids.length === 0 && names.length > 0)) return false;
+  return volids.every((volid) => names.includes(files.diskName(volid)));
 }
 
 const isOf = (volid: string, pinned: Pinned | undefined) =>
   Object.values(pinned?.volumes ?? {}).some((v) => files.diskName(v) === files.diskName(volid));
 
+const BASES = ["dir", "nfs", "cifs", "btrfs", "lvmthin", "zfspool", "rbd"];
+
 interface Volumes {
   /** Those of ours that exist, as they are called now. */
   ours: string[];
   clonesOf(volid: string): string[];
+  /** Whether the storage tells a template's disk from a guest's: one that makes linked clones of it. */
+  hasBases(volid: string): boolean;
+  /** What these give back when they go; of a thin storage that does not tell, `bytes`. */
+  freedBy(volids: readonly string[], bytes: number): ReadonlyMap<string, number>;
+  /** Storages that do not answer. */
   unknown: string[];
+  /** Those of them that are defined: what is on another one is out of reach for ever. */
+  unseen: string[];
 }
 
 async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[], host: Host): Promise<Volumes> {
   const wanted = [...guests.flatMap((guest) => Object.values(guest?.volumes ?? {})), ...more];
   const storages = [...new Set(wanted.map(files.storageOf))];
-  if (storages.length === 0) return { ours: [], clonesOf: () => [], unknown: [] };
+  if (storages.length === 0)
+    return { ours: [], clonesOf: () => [], hasBases: () => false, freedBy: () => new Map(), unknown: [], unseen: [] };
   const unknown: string[] = [];
   const settings = await host.ask(pve.storages);
   const listed = await Promise.all(
@@ -371,9 +422,27 @@ async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[]
       const linked = rows.filter((row) => row.volid.startsWith(`${volid}/`)).map((row) => row.volid);
       return [...inThin, ...linked];
     },
+    hasBases: (volid) =>
+      settings.some(({ storage, type }) => storage === files.storageOf(volid) && BASES.includes(type)),
+    freedBy: (volids, bytes) =>
+      new Map(
+        settings
+          .filter(({ storage }) => volids.some((volid) => files.storageOf(volid) === storage))
+          .map((storage) => {
+            const its = rows.filter(
+              ({ volid }) => files.storageOf(volid) === storage.storage && volids.includes(volid),
+            );
+            const sum = (of: (row: pve.Volume) => number) => its.reduce((all, row) => all + of(row), 0);
+            if (isThick(storage)) return [storage.storage, sum(({ size }) => size)];
+            return [storage.storage, its.every(({ used }) => used !== undefined) ? sum(({ used = 0 }) => used) : bytes];
+          }),
+      ),
     unknown,
+    unseen: unknown.filter((name) => settings.some(({ storage }) => storage === name)),
   };
 }
+
+const isBase = (volid: string) => /(?:^|[:/])base-\d+-[^/]*$/.test(volid);
 
 function mineOf(file: files.GuestFile, pinned: Pinned, volumes: Volumes): Mine {
   const disks = Object.values(files.disksOf(file.values));
@@ -389,5 +458,11 @@ function mineOf(file: files.GuestFile, pinned: Pinned, volumes: Volumes): Mine {
     clones: [...new Set(ids)].filter((id) => id !== String(file.vmid)).sort(),
     unknown: volumes.unknown.filter((storage) => disks.some((volid) => files.storageOf(volid) === storage)),
     missing: known.filter((volid) => !there.has(files.diskName(volid))),
+    unconverted: Object.entries(files.disksOf(file.values))
+      .filter(
+        ([key, volid]) => files.isTemplate(file) && !/^unused/.test(key) && !isBase(volid) && volumes.hasBases(volid),
+      )
+      .map(([key]) => key),
+    frees: volumes.freedBy(disks, pinned.bytes ?? 0),
   };
 }

@@ -4,6 +4,7 @@ import type { Step } from "./engine.js";
 import { Conflict, Refused, Unfinished } from "./errors.js";
 import { argvHash } from "./host-job.js";
 import type { Line } from "./host-ledger.js";
+import { remember } from "./nfs-dump-storage.js";
 import * as files from "./pve-guests.js";
 import { restoreArgv, verifyArgv } from "./qmrestore.js";
 import type { Want } from "./restored-template.js";
@@ -16,9 +17,10 @@ export function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
   const pins = line.pins ?? { vmId: Number(line.identity) };
   if (have.otherwise) throw otherwise(want, line, pins);
   if (have.job.state === "running" && have.mine === undefined) return [joined(want, line, pins)];
-  if (have.stranger !== undefined) throw taken(have.stranger);
+  if (have.stranger !== undefined) throw halfway(taken(have.stranger), pins);
   if (have.placeholder !== undefined || have.leftovers.length > 0) return clear(have);
-  if (have.refused !== undefined) throw have.refused;
+  if (have.unseen.length > 0) throw halfway(unseen(have, pins), pins);
+  if (have.refused !== undefined) throw halfway(have.refused, pins);
   if (have.mine === undefined) {
     if (have.old === undefined) return [restore(want, pins)];
     return pins.vmId === have.old.file.vmid ? inPlace(want, have, have.old, pins) : beside(want, have.old, pins);
@@ -29,10 +31,16 @@ export function plan(want: Want, have: Have, line: Line<Pins>): Step[] {
       what: `Guest ${pins.vmId} was restored from ${pins.archive}, and no storage has its disks ${missing.join(", ")}.`,
       next: "Look at the storage and at the restore's task log on the node. Then remove the guest by hand and run `pulumi up` again.",
     });
+  // First of all: whatever becomes of the guest, its id is not given out again.
+  const noted = noteId(have, line);
+  if (noted.length > 0) return noted;
   const steps = changes(want, have.mine, line);
   if (steps.length > 0 || have.old === undefined) return steps;
   return destroy(have.old, "the guest before it");
 }
+
+const noteId = ({ mine, unremembered }: Have, { owner }: Line<Pins>): Step[] =>
+  mine === undefined ? [] : unremembered.map((registry) => remember(mine.file.vmid, owner, registry));
 
 function restore(want: Want, pins: Pins): Step {
   const argv = restoreArgv({
@@ -43,12 +51,24 @@ function restore(want: Want, pins: Pins): Step {
     pool: want.pool,
     bwlimit: want.bwlimit,
   });
-  const back =
-    pins.instead === undefined
-      ? "Run `pulumi up` again: it clears up what this attempt left, and begins anew."
-      : `The guest that ${pins.instead} had been restored to was removed for this. Run \`pulumi up\` again, or with \`from: { archive: ${JSON.stringify(pins.instead)} }\` to have that one back.`;
-  return { why: `restore ${pins.archive} as guest ${pins.vmId}`, argv, job: true, next: back };
+  const why = `restore ${pins.archive} as guest ${pins.vmId}`;
+  if (pins.instead !== undefined) return { why, argv, job: true, halfway: true, next: wayBack(pins.instead) };
+  return { why, argv, job: true, next: "Run `pulumi up` again: it clears up what this attempt left, and begins anew." };
 }
+
+const wayBack = (archive: string) =>
+  `The guest that ${archive} had been restored to was removed for this. Run \`pulumi up\` again, or with \`from: { archive: ${JSON.stringify(archive)} }\` to have that one back.`;
+
+/** What stops us when the guest before is gone already. */
+function halfway(error: Error, { instead }: Pins): Error {
+  return instead === undefined ? error : new Unfinished({ what: error.message, next: wayBack(instead) }, error);
+}
+
+const unseen = ({ unseen: storages }: Have, { vmId }: Pins) =>
+  new Refused({
+    what: `The storage ${storages.join(", ")} does not answer, so that it cannot be known whether volumes of guest ${vmId} are left on it.`,
+    next: "Run pulumi again when it answers.",
+  });
 
 /** The job that runs: the restore, or the reading of the archive before it. */
 function joined(want: Want, line: Line<Pins>, pins: Pins): Step {
@@ -74,7 +94,7 @@ function taken(file: files.GuestFile): Conflict {
 
 /** Another id: the new guest comes first. */
 function beside(want: Want, old: Mine, pins: Pins): Step[] {
-  refuseTrouble(old, `replace guest ${old.file.vmid}`);
+  refuseReplacing(want, old, `replace guest ${old.file.vmid}`);
   return [restore(want, pins)];
 }
 
@@ -86,7 +106,7 @@ function inPlace(want: Want, have: Have, old: Mine, pins: Pins): Step[] {
       what: `Unable to ${what}: it is no template, and may hold data that nothing else has.`,
       next: "Choose a range as `vmId`, so that the new guest comes first; or replace it on purpose with `pulumi up --replace URN`. Nothing was changed.",
     });
-  refuseTrouble(old, what);
+  refuseReplacing(want, old, what);
   if (want.verify !== false && !have.verified) return [verify(pins)];
   return destroy(old, `the template that ${pins.archive} takes the place of`);
 }
@@ -119,6 +139,16 @@ export function trouble({ file, pinned, clones, unknown }: Mine): string | undef
   return undefined;
 }
 
+/** What was adopted may be the only copy of what it holds: it goes only when the program says so. */
+function refuseReplacing(want: Want, old: Mine, what: string): void {
+  if (old.pinned.adopted && want.onDelete !== "destroy")
+    throw new Refused({
+      what: `Unable to ${what}: it was adopted, not restored by this resource, and may hold what no archive has.`,
+      next: 'It was left as it is. Declare `onDelete: "destroy"` to let it go, or another `vmId` under a resource of its own.',
+    });
+  refuseTrouble(old, what);
+}
+
 function refuseTrouble(guest: Mine, what: string): void {
   const why = trouble(guest);
   if (why === undefined) return;
@@ -131,26 +161,45 @@ function refuseTrouble(guest: Mine, what: string): void {
 // ---------------------------------------------------------------- remove
 
 // Between our look and the command somebody may have changed the guest, or put another one in its place.
-const DESTROY = `conf=/etc/pve/qemu-server/$1.conf
-[ "$(sha1sum <"$conf" | cut -c 1-40)" = "$2" ] || { echo "the configuration of guest $1 was changed since it was looked at" >&2; exit 1; }
-[ -z "$3" ] || flock --nonblock "/var/lock/qemu-server/lock-$1.conf" true || { echo "something is at work on guest $1" >&2; exit 1; }
-exec qm destroy "$1"`;
+const SAME = `verb=$1 id=$2 digest=$3 free=$4 conf=/etc/pve/qemu-server/$2.conf
+[ "$(sha1sum <"$conf" | cut -c 1-40)" = "$digest" ] || { echo "the configuration of guest $id was changed since it was looked at" >&2; exit 1; }
+[ -z "$free" ] || flock --nonblock "/var/lock/qemu-server/lock-$id.conf" true || { echo "something is at work on guest $id" >&2; exit 1; }
+exec qm "$verb" "$id"`;
 
-function destroyStep(file: files.GuestFile, why: string, placeholder: boolean): Step {
+function sameGuest(verb: "destroy" | "unlock", file: files.GuestFile, why: string, placeholder: boolean): Step {
   const id = String(file.vmid);
   return {
     why,
-    argv: ["sh", "-c", DESTROY, "vmbackup-destroy", id, files.digestOf(file), placeholder ? "free" : ""],
-    shown: ["qm", "destroy", id],
+    argv: ["sh", "-c", SAME, "vmbackup-guest", verb, id, files.digestOf(file), placeholder ? "free" : ""],
+    shown: ["qm", verb, id],
     timeout: 1800,
     look: true,
     next: "Look at the guest on the node, then run pulumi again.",
   };
 }
 
+// The lock of the guest is held, so that nobody makes a guest of that id meanwhile, who would take the volume for his.
+const FREE = `id=$1 volid=$2
+exec 8>>"/var/lock/qemu-server/lock-$id.conf" && flock --nonblock 8 || { echo "something is at work on guest $id" >&2; exit 1; }
+for conf in /etc/pve/nodes/*/*/"$id.conf"; do [ ! -e "$conf" ] || { echo "$conf is there, and the volume may be its guest's" >&2; exit 1; }; done
+user=$(grep -lsF -e "\${volid##*[:/]}" /etc/pve/nodes/*/qemu-server/*.conf /etc/pve/nodes/*/lxc/*.conf)
+[ -z "$user" ] || { echo "it is in use by" $user >&2; exit 1; }
+pvesm free "$volid" 8>&-`;
+
+function freeVolume(volid: string, vmId: number): Step {
+  return {
+    why: `remove the volume ${volid}, which no guest has`,
+    argv: ["sh", "-c", FREE, "vmbackup-free", String(files.ownerOf(volid) ?? vmId), volid],
+    shown: ["pvesm", "free", volid],
+    timeout: 1800,
+    look: true,
+    next: "Look at the volume on the node, then run pulumi again.",
+  };
+}
+
 function destroy(guest: Mine, what: string): Step[] {
   refuseTrouble(guest, `remove guest ${guest.file.vmid} (${what})`);
-  return [destroyStep(guest.file, `remove guest ${guest.file.vmid}, ${what}`, false)];
+  return [sameGuest("destroy", guest.file, `remove guest ${guest.file.vmid}, ${what}`, false)];
 }
 
 /** Exactly what a job of ours reported as made, and what was recorded as ours. */
@@ -164,14 +213,10 @@ function clear(have: Have): Step[] {
       });
     const id = String(file.vmid);
     if (file.values.lock === "create")
-      return [{ why: `unlock guest ${id}, which a restore left locked`, argv: ["qm", "unlock", id], look: true }];
-    return [destroyStep(file, `remove guest ${id}, which a restore left unfinished`, true)];
+      return [sameGuest("unlock", file, `unlock guest ${id}, which a restore left locked`, true)];
+    return [sameGuest("destroy", file, `remove guest ${id}, which a restore left unfinished`, true)];
   }
-  return have.leftovers.map((volid) => ({
-    why: `remove the volume ${volid}, which no guest has`,
-    argv: ["pvesm", "free", volid],
-    look: true,
-  }));
+  return have.leftovers.map((volid) => freeVolume(volid, have.pins?.vmId ?? 0));
 }
 
 export function remove(have: Have, line: Line<Pins>): Step[] {
@@ -180,9 +225,17 @@ export function remove(have: Have, line: Line<Pins>): Step[] {
       what: `${line.pins?.archive} is still being restored as guest ${line.pins?.vmId} (job ${line.job?.unit}).`,
       next: "Let it end, or stop it on the host with `systemctl stop`; then run `pulumi destroy` again.",
     });
-  if (have.placeholder !== undefined) return clear(have);
+  if (have.placeholder !== undefined || have.leftovers.length > 0) return clear(have);
+  if (have.unseen.length > 0) throw unseen(have, line.pins ?? { vmId: Number(line.identity) });
   const guest = have.mine ?? have.old;
   if (guest !== undefined && !have.keep)
-    return destroy(guest, guest === have.mine ? "which was restored" : "the one before");
-  return clear(have);
+    return [...noteId(have, line), ...destroy(guest, guest === have.mine ? "which was restored" : "the one before")];
+  return [];
+}
+
+/** Said at the end of a removal that leaves the guest. */
+export function left(have: Have): string | undefined {
+  const guest = have.mine ?? have.old;
+  if (guest === undefined) return undefined;
+  return `guest ${guest.file.vmid} is kept: \`onDelete\` is "keep", which is also the default with \`template: false\` and for what was adopted.`;
 }

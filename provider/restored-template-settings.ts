@@ -39,9 +39,10 @@ function twinSettings({ settings, adopted }: Pinned, file: files.GuestFile): { s
 }
 
 /** Whether nothing of the first work is left. */
-export function isSettled(want: Want, pinned: Pinned, file: files.GuestFile): boolean {
+export function isSettled(want: Want, { pinned, file, unconverted }: Mine): boolean {
   const { set, drop } = twinSettings(pinned, file);
-  return set.length + drop.length === 0 && !file.firewall && files.isTemplate(file) === (want.template ?? true);
+  if (set.length + drop.length > 0 || file.firewall || unconverted.length > 0) return false;
+  return files.isTemplate(file) === (want.template ?? true);
 }
 
 /** The next steps to what is declared; [] = it is so. */
@@ -102,11 +103,19 @@ function poolSteps(id: string, from: string | undefined, to: string | undefined)
   return to === undefined ? [] : [{ why: `put guest ${id} into the pool ${to}`, argv: change(to), look: true }];
 }
 
-function templateSteps(want: Want, { file, pinned }: Mine, line: Line): Step[] {
+function templateSteps(want: Want, { file, pinned, unconverted }: Mine, line: Line): Step[] {
   const is = files.isTemplate(file);
   const wanted = want.template ?? (isLeft("template", want, line) || pinned.adopted ? is : true);
-  if (wanted === is) return [];
   const id = String(file.vmid);
+  if (is && wanted && pinned.settings === undefined)
+    // The guest is marked before its disks are converted, one by one: a conversion may have stopped between them.
+    return unconverted.map((disk) => ({
+      why: `make the disk ${disk} of guest ${id} a template's`,
+      argv: ["qm", "template", id, "--disk", disk],
+      timeout: 1800,
+      look: true,
+    }));
+  if (wanted === is) return [];
   if (!wanted)
     throw new Refused({
       what: `template: guest ${id} is a template, and Proxmox turns no template back into a guest.`,

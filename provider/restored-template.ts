@@ -14,7 +14,7 @@ import * as pve from "./pve.js";
 import * as files from "./pve-guests.js";
 import type { Source } from "./restored-template-choice.js";
 import { freeId, type Have, KIND, observe, type Pins } from "./restored-template-look.js";
-import { plan, remove } from "./restored-template-plan.js";
+import { left, plan, remove } from "./restored-template-plan.js";
 import { unmarked } from "./restored-template-settings.js";
 import { notYet } from "./values.js";
 
@@ -177,8 +177,12 @@ function asFound(want: Want, have: Have, line: Line<Pins>): Want {
 function warnings(_want: Want, have: Have): string[] {
   const { overcommitted, storage, vmId } = have.pins ?? {};
   if (overcommitted === undefined) return [];
+  const { virtual, available, data, known } = overcommitted;
+  const fits = known
+    ? `The data, ${data} bytes, fits`
+    : `The data is ${data} bytes at least, and how much more is not known before a compressed archive is read to its end`;
   return [
-    `guest ${vmId}: its disks may grow to ${overcommitted.virtual} bytes, and ${storage} had ${overcommitted.available} free when it was chosen. The data fits; when they fill up, writes to them fail.`,
+    `guest ${vmId}: its disks may grow to ${virtual} bytes, and ${storage} had ${available} free when it was chosen. ${fits}; when the storage is full, writes to the disks fail.`,
   ];
 }
 
@@ -221,6 +225,7 @@ export const restoredTemplate: Definition<Want, Have, Pins> = {
   observe,
   plan,
   remove,
+  left,
   facts,
   asFound,
   warnings,

@@ -252,6 +252,9 @@ export interface Taken {
   unknown: readonly string[];
 }
 
+/** Why an id is not given out again that nobody has now. */
+export const USED = "was used before";
+
 /**
  * Every id that is not free: a guest or container has it; or a volume of it exists on a storage of the node (it would become the
  * new guest's); or a dump of it lies on a reachable backup storage (the new guest's retention would prune it); or `recorded` has
@@ -277,9 +280,13 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
       }),
   );
   const ids = new Map<number, string>();
-  for (const id of [...recorded, ...used]) ids.set(id, "was used before");
-  for (const { vmid, volid, content } of volumes.flat())
-    if (vmid !== undefined) ids.set(vmid, `${content === "backup" ? "the dump" : "the volume"} ${volid} exists`);
+  for (const id of [...recorded, ...used]) ids.set(id, USED);
+  // A volume after the dumps: it is the heavier reason, and whoever may live with an earlier guest's dumps must not live with its disk.
+  const found = volumes.flat();
+  const isDump = ({ content }: pve.Volume) => content === "backup";
+  for (const { vmid, volid } of found.filter(isDump)) if (vmid !== undefined) ids.set(vmid, `the dump ${volid} exists`);
+  for (const { vmid, volid } of found.filter((row) => !isDump(row)))
+    if (vmid !== undefined) ids.set(vmid, `the volume ${volid} exists`);
   for (const { vmid, type, node } of guests)
     ids.set(vmid, `${type === "lxc" ? "a container" : "a guest"} on ${node} has it`);
   return { ids, unknown };

@@ -1,11 +1,11 @@
-// A create that is cut short, in every place where a real run can be: ssh, the provider's process and pulumi are killed in the
-// middle of lvcreate. Afterwards one more `pulumi up` leaves one snapshot, recorded.
+// A create that is cut short, in every place where a real run can be: ssh, the provider's process, pulumi and the host are killed
+// in the middle of lvcreate. Afterwards one more `pulumi up` leaves one snapshot, recorded.
 import { afterEach, beforeAll, describe, expect, it } from "vitest";
 import { useHosts } from "../lab/lab.js";
 import { type Project, useProjects } from "./project.js";
 import { errors, kill, ledger, literal, processes, program, servers, snapshots, sshs, until } from "./snapshots.js";
 
-// A host of its own: its lvcreate waits where a test wants it to.
+// A host of its own: its lvcreate and lvremove wait where a test wants them to.
 const { luck: host } = useHosts({ luck: { uml: true } });
 const make = useProjects();
 const vg = "luck";
@@ -13,19 +13,23 @@ const vg = "luck";
 // In front of the real one, by PATH. /run/gate/NAME says where to wait: "before" the work or "after" it.
 const GATE = `#!/bin/sh
 for word; do case $last in -n|--name) name=$word;; esac; last=$word; done
+: "\${name:=\${last#*/}}"
 at() {
   [ "$(cat "/run/gate/$name" 2>/dev/null)" = "$1" ] || return 0
   mkdir -p /run/reached; : >"/run/reached/$name"
   while [ -e "/run/gate/$name" ]; do sleep 0.1; done
 }
 at before
-/usr/sbin/lvcreate "$@"; e=$?
+/usr/sbin/\${0##*/} "$@"; e=$?
 at after
 exit $e
 `;
 
 beforeAll(async () => {
-  await host.ssh("cat >/usr/local/sbin/lvcreate && chmod 755 /usr/local/sbin/lvcreate", { input: GATE });
+  await host.ssh(
+    "cd /usr/local/sbin && cat >lvcreate && chmod 755 lvcreate && cp -p lvcreate lvremove && sync lvcreate lvremove .",
+    { input: GATE },
+  );
   await host.ssh(
     `vgcreate -qq -y ${vg} /dev/ubdb && lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 64M -n other ${vg}`,
   );
@@ -34,10 +38,12 @@ beforeAll(async () => {
 const close = (name: string, at: "before" | "after") => host.ssh(`mkdir -p /run/gate && echo ${at} >/run/gate/${name}`);
 const open = (name: string) => host.ssh(`rm -f /run/gate/${name}`);
 const reached = (name: string) =>
-  until(`lvcreate of ${name} runs`, async () => {
+  until(`the command for ${name} runs`, async () => {
     const { exitCode } = await host.ssh(`rm /run/reached/${name} 2>/dev/null`, { reject: false });
     return exitCode === 0;
   });
+const line = async (name: string) =>
+  (await host.ssh(`cat /var/lib/pulumi-vmbackup/LvSnapshot/${vg}%2F${name}.json`)).stdout;
 /** A run waits for the lock that the command of an earlier one still holds. */
 const waiting = (name: string) =>
   until(`a second run waits for ${name}`, async () => {
@@ -114,6 +120,56 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
     expect(await ledger(host, vg)).toEqual([]);
   });
 
+  it("by customTimeouts: before the work nothing is begun, in its middle it is half made and finished by the next up", async () => {
+    const it = await project("timed");
+    const within = (create: string) =>
+      it.write(
+        program(
+          `new LvSnapshot("timed", { host: ${literal(host.connection)}, volumeGroup: "${vg}", origin: "root", size: "8M" }, { customTimeouts: { create: "${create}" } });`,
+        ),
+      );
+    await within("1s");
+    const over = await it.up();
+    expect(over.exitCode).not.toBe(0);
+    expect(errors(over)).toMatch(/the time given by customTimeouts is over before "take the snapshot/);
+    expect(await it.resources()).toEqual([]);
+    expect(await ledger(host, vg)).toEqual([]);
+
+    await close("timed", "before");
+    await within("20s");
+    const late = await it.up();
+    expect(late.exitCode).not.toBe(0);
+    expect(errors(late)).toMatch(/did not answer within \d+ s.*it looks first/s);
+    expect(await it.resources()).toMatchObject([{ id: `${vg}/timed`, initErrors: [expect.any(String)] }]);
+    await within("10m");
+    const second = it.up();
+    await waiting("timed");
+    await open("timed");
+    expect(await second).toMatchObject({ exitCode: 0, summary: { update: 1 } });
+    await settled(it, "timed");
+  });
+
+  it("a destroy by kill -9 of ssh: the next one waits for its command and has nothing left to do", async () => {
+    const it = await project("leaving");
+    expect((await it.up()).exitCode).toBe(0);
+    await close("leaving", "before");
+    const first = it.destroy();
+    await reached("leaving");
+    kill(...(await sshs(it)));
+    const failed = await first;
+    expect(failed.exitCode).not.toBe(0);
+    expect(errors(failed)).toMatch(/the connection to .* was lost while the command ran/);
+    expect(Object.keys(await snapshots(host, vg))).toEqual(["leaving"]);
+
+    const second = it.destroy();
+    await waiting("leaving");
+    await open("leaving");
+    expect((await second).exitCode).toBe(0);
+    expect(await it.resources()).toEqual([]);
+    expect(await snapshots(host, vg)).toEqual({});
+    expect(await ledger(host, vg)).toEqual([]);
+  });
+
   it.each(["before", "after"] as const)(
     "by kill -9 of pulumi, while its provider goes on (%s the work): one snapshot, recorded",
     async (at) => {
@@ -153,6 +209,44 @@ describe("a create that is cut short", { timeout: 1_800_000 }, () => {
     expect((await second).exitCode).toBe(0);
     await settled(it, "served");
   });
+
+  it.each(["before", "after"] as const)(
+    "by the host's crash, %s the work: finished by the next up, from what the ledger kept through the power cut",
+    async (at) => {
+      const it = await project("power");
+      await close("power", at);
+      const first = it.up();
+      await reached("power");
+      await host.crash();
+      const failed = await first;
+      expect(failed.exitCode).not.toBe(0);
+      // Switched off, it is not taken for gone
+      if (at === "after") expect((await it.refresh()).exitCode).not.toBe(0);
+      expect(await it.resources()).toMatchObject([{ id: `${vg}/power`, initErrors: [expect.any(String)] }]);
+      await host.up();
+      // Written before the work, and whole
+      expect(JSON.parse(await line("power"))).toMatchObject({
+        identity: `${vg}/power`,
+        owner: "organization/test/dev/LvSnapshot/power",
+        finished: false,
+      });
+      const made = await snapshots(host, vg);
+      expect(Object.keys(made)).toEqual(at === "before" ? [] : ["power"]);
+
+      expect(await it.up()).toMatchObject({ exitCode: 0, summary: { update: 1 } });
+      if (at === "after") expect((await snapshots(host, vg)).power?.uuid).toBe(made.power?.uuid);
+      await settled(it, "power");
+
+      // And the last line of a run that ended well
+      await host.crash();
+      await host.up();
+      expect(JSON.parse(await line("power"))).toMatchObject({ finished: true });
+      await settled(it, "power");
+      expect((await it.destroy()).exitCode).toBe(0);
+      expect(await snapshots(host, vg)).toEqual({});
+      expect(await ledger(host, vg)).toEqual([]);
+    },
+  );
 
   it("by ^C: what runs is ended and recorded, what had not begun is left to the next up", async () => {
     const it = await project("begun", "waits");

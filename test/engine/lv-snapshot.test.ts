@@ -143,6 +143,19 @@ export const uuid = a.uuid, made = pulumi.all([user.made, seen.made]), besides =
     expect((await it.refresh()).exitCode).toBe(0);
     expect(done(await it.up())).toEqual({ a: "update" });
     expect(await snapshots(store, vg)).toMatchObject({ a: { uuid: third.uuid, bytes: 8 * MiB } });
+
+    // Renamed by hand: shown, and renamed back; a replacement would lose the point in time
+    await store.ssh(["lvrename", "-qq", vg, "a", "byhand"]);
+    const renamed = await it.preview("--refresh", "--expect-no-changes");
+    expect(renamed.exitCode).not.toBe(0);
+    expect(renamed.stdout).toMatch(/name\s*: "byhand" => "a"/);
+    expect(done(renamed)).toEqual({ a: "update", seen: "update" }); // its uuid counts as unknown meanwhile
+    expect((await it.refresh()).exitCode).toBe(0);
+    const back = await it.up();
+    expect(back).toMatchObject({ exitCode: 0, summary: { update: 1 } });
+    expect(done(back)).toEqual({ a: "update" });
+    expect(await snapshots(store, vg)).toMatchObject({ a: { uuid: third.uuid }, "a-beside": { uuid: first.besides } });
+    expect((await it.preview("--refresh", "--expect-no-changes")).exitCode).toBe(0);
     expect((await it.destroy()).exitCode).toBe(0);
     expect(await snapshots(store, vg)).toEqual({});
   });

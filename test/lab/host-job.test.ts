@@ -6,7 +6,7 @@ import { ended, forgetJob, inTurn, jobState, joins, started } from "../../provid
 import { fenced, type Line, memory } from "../../provider/host-ledger.js";
 import { useHosts } from "./lab.js";
 
-const { box } = useHosts({ box: {} });
+const { box, disk } = useHosts({ box: {}, disk: { uml: true } }); // what is not written out, only a kernel of its own forgets
 const host = () => connect(box.connection);
 const FOREVER = Number.POSITIVE_INFINITY;
 
@@ -129,6 +129,20 @@ describe("a job", () => {
     const now = await jobState(host(), remembered);
     expect(now).toMatchObject({ state: "failed", rebooted: true, log: "made: two\n" });
     await expect(ended(host(), line, command, FOREVER)).rejects.toThrow(/the host was started anew/);
+  });
+
+  it("has its log after a power cut, without any help of the tool", async () => {
+    const line = newLine();
+    const there = () => connect(disk.connection);
+    const command = work('echo "made: three"; sleep 600');
+    const { bootId } = await memory(there());
+    await fenced(there(), line, "", started(line, command, bootId));
+    await until(async () => (await jobState(there(), line)).log !== "");
+    await sleep(5000);
+    closeAll();
+    await disk.crash();
+    await disk.up();
+    expect(await jobState(there(), line)).toMatchObject({ state: "failed", rebooted: true, log: "made: three\n" });
   });
 
   it("is not waited for longer than the program says, and goes on", async () => {

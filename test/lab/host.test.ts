@@ -88,6 +88,7 @@ describe("the host key", () => {
     expect(message).toContain(`${near.address} shows the key ${print(near.hostKey)}`);
     expect(message).toContain(`${knownHosts}:1`);
     expect(message).toContain(`ssh-keygen -R '${near.address}'`);
+    expect(message.split("\n").at(-1)).toBe(`${near.address} ${near.hostKey}`); // the line to add
   });
 
   it("that is pinned needs no known_hosts, and no other is taken", async () => {

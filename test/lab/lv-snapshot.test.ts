@@ -1,9 +1,11 @@
 // LvSnapshot on real LVM: the laws, and what is special about points in time.
-import { afterEach, describe, expect, it } from "vitest";
+import { readdirSync } from "node:fs";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
+import { hooks } from "../../provider/host.js";
 import { laws } from "../laws.js";
 import { Stack } from "../stack.js";
-import { useStore, useVolumeGroup } from "./lab.js";
+import { useHosts, useStore, useVolumeGroup } from "./lab.js";
 
 const MiB = 1 << 20;
 const store = useStore();
@@ -12,6 +14,17 @@ const setUp = useOnce(async () => {
   await store.ssh(
     `lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 32M -n other ${vg} && lvcreate -qq -y --type thin-pool -L 64M -n pool ${vg} && lvcreate -qq -y --thinpool pool -V 64M -n thin ${vg}`,
   );
+});
+
+/** Every command that was run here, its operands left out. */
+const issued = new Set<string>();
+beforeEach(() => {
+  const watch = hooks.argv;
+  hooks.argv = (host, argv, deed, tool) => {
+    watch?.(host, argv, deed, tool);
+    if (tool[0].startsWith("lv") || tool[0].startsWith("vg"))
+      issued.add(tool.map((word, i) => (i === 0 || word.startsWith("-") ? word : "…")).join(" "));
+  };
 });
 
 function useOnce(work: () => Promise<void>): () => Promise<void> {
@@ -67,7 +80,6 @@ laws({
   badOnHost: [
     ["an unknown volume group, with those there are", { volumeGroup: "nosuchvg" }, /no volume group nosuchvg.*snaps/s],
     ["an unknown origin, with those there are", { origin: "nosuchlv" }, /no logical volume nosuchlv.*root/s],
-    ["more than the group has", { size: "60%ORIGIN", origin: "big" }, /no logical volume big/],
     ["a thin origin with a size", { origin: "thin" }, /size: snaps\/thin is a thin volume/],
     ["an ordinary origin without a size", { size: undefined }, /size: snaps\/root is no thin volume/],
     ["a pool as origin", { origin: "pool" }, /is a pool/],
@@ -228,6 +240,92 @@ describe("LvSnapshot on real LVM", () => {
     await store.ssh(`lvremove -qq -y ${vg}/follow ${vg}/moved`);
   });
 
+  it("gives a snapshot that was renamed by hand its name back, and never replaces it for that", async () => {
+    await setUp();
+    const stack = stackFor("named");
+    const named = inputs({ name: "named" });
+    await stack.up(named);
+    const uuid = await lvs("named", "lv_uuid");
+    await store.ssh(["lvrename", "-qq", vg, "named", "moved"]);
+    expect(await stack.preview(named)).toBe("same"); // nobody looked yet
+    expect(await stack.refresh()).toBe("there");
+    expect(stack.recorded?.inputs).toMatchObject({ volumeGroup: vg, name: "moved" });
+    expect(stack.recorded?.outputs).toMatchObject({ name: "moved", uuid, status: { valid: true } });
+    expect(await stack.preview(named)).toBe("update");
+    expect(await stack.preview({ ...named, name: "elsewhere" })).toBe("replace");
+
+    // Another one has its name meanwhile: both stay
+    await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-L", "4M", "-n", "named", vg]);
+    const other = await lvs("named", "lv_uuid");
+    await expect(stack.up(named)).rejects.toThrow(/renamed to moved, and another volume has its name/);
+    expect([await lvs("moved", "lv_uuid"), await lvs("named", "lv_uuid")]).toEqual([uuid, other]);
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/named`]);
+
+    expect(await stack.up({ ...named, size: "12M" })).toBe("update");
+    expect(await lvs("named", "lv_uuid,lv_size")).toBe(`${uuid} ${12 * MiB}B`);
+    expect(await lvs("moved")).toBeUndefined();
+    expect(await stack.refresh()).toBe("there");
+    expect(await stack.preview({ ...named, size: "12M" })).toBe("same");
+
+    // The program takes the new name over: nothing is done, and destroy removes the one that was made
+    await store.ssh(["lvrename", "-qq", vg, "named", "kept"]);
+    await stack.refresh();
+    expect(await stack.preview({ ...named, name: "kept", size: "12M" })).toBe("same");
+    expect(await lvs("kept", "lv_uuid")).toBe(uuid);
+    await stack.destroy();
+    expect(await lvs("kept")).toBeUndefined();
+  });
+
+  it("keeps to its volume group when that was cloned, says so when it was renamed, and follows a program that names the new one", async () => {
+    const [one, two, clone] = [`${vg}one`, `${vg}two`, `a${vg}clone`];
+    const image = "/var/tmp/snapsone.img";
+    await store.ssh(
+      `truncate -s 64M ${image} && dev=$(losetup --find --show ${image}) && vgcreate -qq -y ${one} "$dev" && lvcreate -qq -y -W n -L 8M -n root ${one}`,
+    );
+    try {
+      const stack = stackFor("group");
+      const of = (volumeGroup: string, size = "4M") => inputs({ name: "group", volumeGroup, size });
+      await stack.up(of(one));
+      // A clone of the group has volumes of the same uuids, and comes first in every list
+      await store.ssh(
+        `cp ${image} ${image}.clone && dev=$(losetup --find --show ${image}.clone) && vgimportclone -n ${clone} "$dev" && vgs ${clone}`,
+      );
+      expect(await stack.refresh()).toBe("there");
+      expect(await stack.preview(of(one))).toBe("same");
+      const copies = await store.ssh(["lvs", "--noheadings", "-o", "lv_uuid", `${clone}/group`]);
+      expect(copies.stdout.trim()).toBe(stack.recorded?.outputs.uuid);
+      await stack.destroy();
+      const left = await store.ssh(`lvs --noheadings -o lv_full_name ${clone} ${one}`);
+      expect(left.stdout.split(/\s+/).filter(Boolean).sort()).toEqual([
+        `${clone}/group`,
+        `${clone}/root`,
+        `${one}/root`,
+      ]);
+      await store.ssh(
+        `vgremove -ff -y ${clone}; losetup -j ${image}.clone | cut -d: -f1 | xargs losetup -d; rm ${image}.clone`,
+      );
+
+      await stack.up(of(one));
+      await store.ssh(["vgrename", "-qq", one, two]);
+      expect(await stack.refresh()).toBe("there");
+      expect(stack.recorded?.outputs).toMatchObject({ volumeGroup: two, status: { valid: true } });
+      expect(await stack.preview(of(one))).toBe("update");
+      await expect(stack.up(of(one))).rejects.toThrow(new RegExp(`${one}/group is ${two}/group now`));
+      expect(await stack.preview(of(two))).toBe("same");
+      expect(await stack.up(of(two, "8M"))).toBe("update");
+      const seen = await store.ssh(["lvs", "--noheadings", "--units", "m", "-o", "lv_size", `${two}/group`]);
+      expect(seen.stdout.trim()).toBe("8.00m");
+      await stack.destroy();
+      const last = await store.ssh(["lvs", "--noheadings", "-o", "lv_name", two]);
+      expect(last.stdout.trim()).toBe("root");
+    } finally {
+      await store.ssh(
+        `vgremove -ff -y ${one} ${two} ${clone}; for image in ${image} ${image}.clone; do losetup -j $image | cut -d: -f1 | xargs -r losetup -d; rm -f $image; done`,
+        { reject: false },
+      );
+    }
+  });
+
   it("takes thin snapshots, active at once, and keeps the last copy", async () => {
     await setUp();
     const stack = stackFor("tsnap");
@@ -238,6 +336,11 @@ describe("LvSnapshot on real LVM", () => {
     const second = stackFor("tsnap2"); // of a thin one a snapshot may be taken
     await second.up(inputs({ name: "tsnap2", origin: "tsnap", size: undefined }));
     await store.ssh(["lvremove", "-qq", "-y", `${vg}/tsnap`]);
+    const alone = inputs({ name: "tsnap2", origin: "tsnap", size: undefined, minFreePoolPercent: 5 });
+    expect(await second.up(alone)).toBe("update"); // recorded; it is still what it was
+    expect(await second.refresh()).toBe("there");
+    expect(second.recorded?.outputs).toMatchObject({ origin: "tsnap", status: { valid: true, thin: true } });
+    expect(await second.preview(alone)).toBe("same");
     await expect(second.destroy()).rejects.toThrow(/last copy/);
     expect(await lvs("tsnap2")).toBeDefined();
     await store.ssh(["lvremove", "-qq", "-y", `${vg}/tsnap2`]);
@@ -305,15 +408,28 @@ describe("LvSnapshot on real LVM", () => {
     ["an option", "--force"],
     ["unicode", "schnäppchen"],
   ])("never runs a hostile string, in any field: %s", async (_name, hostile) => {
-    for (const field of ["volumeGroup", "origin", "name", "size", "host"]) {
-      const stack = stackFor("hostile");
+    const stack = stackFor("hostile");
+    for (const field of ["volumeGroup", "origin", "name", "size", "host"])
       await expect(stack.up(inputs({ name: "hostile", [field]: hostile }))).rejects.toThrow();
-      await expect(
-        stack.up(inputs({ name: "hostile", host: { ...store.connection, user: hostile } })),
-      ).rejects.toThrow();
-    }
-    const { exitCode } = await store.ssh("test -e /tmp/hit || test -e /tmp/hit*", { reject: false });
-    expect(exitCode).not.toBe(0);
+    const here = { host: "127.0.0.1", dialErrorLimit: 1, perDialTimeout: 1, port: 9 };
+    for (const connection of [
+      { ...store.connection, user: hostile },
+      { ...here, host: hostile },
+      { ...here, hostKey: hostile },
+      { ...here, privateKey: hostile },
+      { ...here, privateKey: store.privateKey, privateKeyPassword: hostile },
+      { ...here, privateKey: `-----BEGIN OPENSSH PRIVATE KEY-----\n${hostile}` },
+      { ...here, agentSocketPath: hostile },
+      { ...here, configFile: hostile },
+      { ...here, proxy: { host: hostile } },
+      { ...here, proxy: { ...here, user: hostile } },
+      { ...here, proxy: { ...here, agentSocketPath: hostile } },
+    ])
+      await expect(stack.up(inputs({ name: "hostile", host: connection }))).rejects.toThrow();
+    for (const id of [hostile, `${vg}/${hostile}`, `${hostile}/x`])
+      await expect(stack.calls.read(id, { host: store.connection, __provider: "x" })).rejects.toThrow();
+    expect((await store.ssh("ls /tmp | grep hit || true")).stdout).toBe("");
+    expect(readdirSync("/tmp").filter((name) => name.startsWith("hit"))).toEqual([]); // ssh runs shells here, too
   });
 
   it("carries any owner in the tag: blanks, quotes, unicode, and a name that no tag could hold", async () => {
@@ -323,4 +439,90 @@ describe("LvSnapshot on real LVM", () => {
     expect(await stack.preview(inputs({ name: "owners" }))).toBe("same");
     await expect(stackFor("other").up(inputs({ name: "owners" }))).rejects.toThrow(/it's "ünique"; \$\(x\) y+/);
   });
+});
+
+describe("an answer that is none", () => {
+  const { odd } = useHosts({ odd: {} });
+  const EMPTY = `echo '{"report":[{"lv":[]}]}'`;
+  const state = (more: Fields) => ({
+    ...inputs({ name: "odd", host: odd.connection }),
+    __v: 1,
+    __owner: "organization/laws/dev/LvSnapshot/odd",
+    __incarnation: "0123456789abcdef",
+    __provider: "x",
+    ...more,
+  });
+  const tool = (script: string) =>
+    odd.ssh("cat >/usr/local/sbin/lvs && chmod 755 /usr/local/sbin/lvs", { input: `#!/bin/sh\n${script}\n` });
+  const { calls } = new Stack("LvSnapshot", "odd");
+
+  // What every line below must not be taken for
+  it("gone is what a good answer says", async () => {
+    await tool(EMPTY);
+    expect(await calls.read(`${vg}/odd`, state({}))).toEqual({ props: {} });
+  });
+
+  it.each([
+    [
+      "lvs is missing",
+      () => odd.ssh("rm /usr/local/sbin/lvs; mv /usr/sbin/lvs /root/"),
+      {},
+      /has no command lvs.*\nInstall the package lvm2 on odd/s,
+    ],
+    [
+      "lvs fails, and prints an empty list all the same",
+      () => tool(`${EMPTY}; echo "  Failed to set up devices" >&2; exit 5`),
+      {},
+      /lvs exited 5 on odd.*Failed to set up devices/s,
+    ],
+    [
+      "it is no JSON",
+      () => tool("echo WARNING: locking is off"),
+      {},
+      /answered, but not what was asked.*WARNING: locking is off.*\nRun the command by hand/s,
+    ],
+    ["it is empty", () => tool("true"), {}, /answered, but not what was asked/],
+    ["it is JSON of another shape", () => tool(`echo '{"report":[]}'`), {}, /answered, but not what was asked/],
+    [
+      "sudo asks for a password",
+      () => odd.ssh("rm -f /etc/sudoers.d/deploy"),
+      { user: "deploy", sudo: true },
+      /sudo on deploy@odd\S* wants a password.*NOPASSWD/s,
+    ],
+  ])(
+    "%s: an error of its own, never an absent snapshot, and nothing is changed",
+    async (_name, arrange, how, message) => {
+      await arrange();
+      const properties = state({ host: { ...odd.connection, ...how } });
+      const before = hooks.argv;
+      const changed: string[] = [];
+      hooks.argv = (host, argv, deed, words) => {
+        before?.(host, argv, deed, words);
+        if (deed === "change" || deed === "ledger") changed.push(words.join(" "));
+      };
+      for (const call of [
+        () => calls.read(`${vg}/odd`, properties),
+        () => calls.create(properties),
+        () => calls.update(`${vg}/odd`, properties, properties),
+        () => calls.delete(`${vg}/odd`, properties),
+      ])
+        await expect(call()).rejects.toThrow(message);
+      expect(changed).toEqual([]);
+    },
+  );
+});
+
+// Last: what the tests above have issued is all that there is.
+it("every command that LvSnapshot issues was run here", () => {
+  expect([...issued].sort()).toEqual([
+    "lvchange --addtag … --deltag … -- …",
+    "lvchange --addtag … -- …",
+    "lvcreate --yes --snapshot --setactivationskip … --name … --addtag … -- …",
+    "lvcreate --yes --snapshot --size … --name … --addtag … -- …",
+    "lvextend --size … -- …",
+    "lvremove --yes --select … -- …",
+    "lvrename -- … … …",
+    "lvs --all --reportformat … --units … --nosuffix --config … --options …",
+    "vgs --reportformat … --units … --nosuffix --options …",
+  ]);
 });

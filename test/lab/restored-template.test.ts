@@ -1,7 +1,6 @@
 // RestoredTemplate on the Proxmox stand-ins: the laws, and all the bad luck that a restore can have. What is asserted is looked up
 // in Proxmox's own files and tools, never through our own read.
 import { readFileSync } from "node:fs";
-import { setTimeout as sleep } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
 import { closeAll } from "../../provider/host.js";
@@ -9,47 +8,14 @@ import { hooks } from "../../provider/host-ledger.js";
 import { laws } from "../laws.js";
 import { Stack } from "../stack.js";
 import { useHosts } from "./lab.js";
+import { A, B, DUMPS, restoresOn, until } from "./restores.js";
 
 const { node } = useHosts({ node: { pve: true } });
 
-const DUMPS = "/var/lib/vz/dump";
-const A = "local:backup/vzdump-qemu-101-2026_11_20-10_00_00.vma.zst";
-const B = "local:backup/vzdump-qemu-102-2026_11_20-11_00_00.vma.zst";
-
-let made: Promise<unknown> | undefined;
-const setUp = () =>
-  (made ??= node.ssh(
-    `python3 /usr/lib/pve-stand-ins/recorded_archives.py ${DUMPS}
-     mkdir -p /run/pve-misbehave /var/lib/second /var/lib/pve-lvm/vg0
-     pvesm add dir second --path /var/lib/second --content images,backup
-     pvesm add lvmthin thin --vgname vg0 --thinpool data --content images
-     pvesm add dir dumps --path /var/lib/dumps --mkdir 1 --content backup
-     pvesh create /pools --poolid golden; pvesh create /pools --poolid other`,
-  ));
+const { setUp, conf, volumes, vanish, order, slow, unit, halfway } = restoresOn(node);
 
 /** A law's tag is `lawN`: each has an id of its own. */
 const idOf = (tag: string) => 14000 + Number(tag.replace(/\D/g, ""));
-
-async function conf(id: number): Promise<string | undefined> {
-  await setUp();
-  const { stdout, exitCode } = await node.ssh(["cat", `/etc/pve/qemu-server/${id}.conf`], { reject: false });
-  return exitCode === 0 ? stdout : undefined;
-}
-
-/** Every volume of an id on the node. */
-async function volumes(id: number): Promise<string[]> {
-  const { stdout } = await node.ssh(
-    `for d in /var/lib/vz/images/${id} /var/lib/second/images/${id} /var/lib/pve-lvm/vg0; do [ ! -d $d ] || ls $d; done`,
-  );
-  return stdout.split("\n").filter((name) => name.includes(`-${id}-`));
-}
-
-async function vanish(id: number): Promise<void> {
-  await node.ssh(
-    `qm unlock ${id}; qm set ${id} --protection 0; qm destroy ${id} --destroy-unreferenced-disks 1; rm -rf /run/qemu-server/${id}.pid`,
-    { reject: false },
-  );
-}
 
 const inputs = (over: Fields): Fields => ({
   host: node.connection,
@@ -131,8 +97,6 @@ describe("RestoredTemplate on the stand-ins", () => {
     return made;
   };
   const mine = (over: Fields = {}) => inputs({ vmId: id, onDelete: "destroy", ...over });
-  const order = (step: string, lines: string) => node.ssh(`cat >/run/pve-misbehave/${step}`, { input: lines });
-  const slow = (seconds: number) => order("restore-seconds", `${seconds}\n`);
   const outputs = (stack: Stack) => stack.recorded?.outputs as Record<string, unknown> & { status: Fields };
   /** Stops where the first step has begun, as a killed pulumi does; the job goes on. */
   async function begun(stack: Stack, over: Fields): Promise<void> {
@@ -143,14 +107,6 @@ describe("RestoredTemplate on the stand-ins", () => {
     delete hooks.afterStep;
     closeAll();
   }
-  const unit = async () =>
-    (await node.ssh("systemctl list-units --plain --no-legend 'vmbackup-*' | cut -d ' ' -f 1")).stdout.trim();
-  async function until(what: () => Promise<boolean>): Promise<void> {
-    for (const end = Date.now() + 60_000; !(await what()); await sleep(200))
-      if (Date.now() > end) throw new Error("it never came");
-  }
-  const halfway = (vmid: number) =>
-    until(async () => (await conf(vmid)) === "memory: 128" && (await volumes(vmid)).length > 0);
   /** What is none of ours: it has to be the same afterwards, byte for byte. */
   const bystanders = async () =>
     (await node.ssh("sha256sum /etc/pve/qemu-server/9*.conf /var/lib/vz/images/9*/*")).stdout;

@@ -45,8 +45,8 @@ def is_directory(scfg):
     return "path" in scfg
 
 
-def is_thin(scfg):
-    return scfg["type"] == "lvmthin"
+def is_lvm(scfg):
+    return scfg["type"] in thin.TYPES
 
 
 def split_volid(volid, quiet=False):
@@ -56,7 +56,7 @@ def split_volid(volid, quiet=False):
 
 
 def parse_volname(scfg, volname):
-    if is_thin(scfg):
+    if is_lvm(scfg):
         vmid, is_base = thin.parse(volname)
         return vo.Volume("images", volname, vmid, is_base=is_base)
     if not is_directory(scfg):
@@ -65,7 +65,7 @@ def parse_volname(scfg, volname):
 
 
 def path(scfg, volname):
-    if is_thin(scfg):
+    if is_lvm(scfg):
         return thin.path(scfg, volname)
     volume = parse_volname(scfg, volname)
     owner = f"/{volume.vmid}" if volume.content == "images" else ""
@@ -74,7 +74,7 @@ def path(scfg, volname):
 
 def real_path(scfg, volname):
     """Where the bytes are: for LVM-thin another place than the path that is shown."""
-    return thin.file_of(scfg, volname) if is_thin(scfg) else path(scfg, volname)
+    return thin.file_of(scfg, volname) if is_lvm(scfg) else path(scfg, volname)
 
 
 def default_format(scfg):
@@ -117,7 +117,7 @@ def size_of(scfg, volname):
 
 
 def list_images(storeid, scfg, vmid=None):
-    if is_thin(scfg):
+    if is_lvm(scfg):
         return thin.images(storeid, scfg, vmid)
     return vo.list_images(storeid, scfg, vmid) if is_directory(scfg) else []
 
@@ -152,9 +152,9 @@ def has_feature(scfg, feature, volname):
     volume = parse_volname(scfg, volname)
     disk = volume.format in ("raw", "qcow2", "vmdk")
     return {
-        "snapshot": not volume.is_base and (volume.format == "qcow2" or is_thin(scfg)),
+        "snapshot": not volume.is_base and (volume.format == "qcow2" or scfg["type"] == "lvmthin"),
         "clone": disk and volume.is_base,
-        "template": disk and not volume.is_base,
+        "template": disk and not volume.is_base and scfg["type"] != "lvm",
         "copy": disk,
         "sparseinit": disk,
     }[feature]
@@ -168,7 +168,7 @@ def create_base(storeid, scfg, volname):
             raise PveError(f"create_base on wrong vtype '{volume.content}'\n")
         if volume.is_base:
             raise PveError("create_base not possible with base image\n")
-        if is_thin(scfg):
+        if is_lvm(scfg):
             return thin.create_base(scfg, volname)
         old, name = path(scfg, volname), re.sub(r"^vm-", "base-", volume.name)
         parent = vo.image_info(old, volume.format)["parent"]
@@ -196,7 +196,7 @@ def clone(storeid, scfg, volname, vmid):
             raise PveError(f"clone_image on wrong vtype '{volume.content}'\n")
         if not volume.is_base:
             raise PveError("clone_image only works on base images\n")
-        if is_thin(scfg):
+        if is_lvm(scfg):
             return thin.clone(storeid, scfg, volname, vmid)
         directory = f"{subdir(scfg, 'images')}/{vmid}"
         old_umask = os.umask(0o037)
@@ -219,7 +219,7 @@ def clone(storeid, scfg, volname, vmid):
 
 
 def resize(scfg, volname, size):
-    if is_thin(scfg):
+    if is_lvm(scfg):
         return thin.resize(scfg, volname, size)
     fmt = parse_volname(scfg, volname).format
     if fmt not in ("raw", "qcow2"):

@@ -439,10 +439,8 @@ def _status(scfg: Config, cache: Cache) -> tuple[int, int, int] | None:
     if scfg["type"] == "nfs" and not nfs.is_mounted(scfg["server"], scfg["export"], scfg["path"],
                                                     cache.mount_table()):
         return None
-    if scfg["type"] == "lvmthin":
-        return thin.status() if thin.group_exists(scfg) else None
-    if scfg["type"] == "lvm":
-        return None
+    if scfg["type"] in thin.TYPES:
+        return thin.status(scfg) if thin.group_exists(scfg) else None
     mountpoint = _is_mountpoint(scfg)
     if mountpoint and not os.path.ismount(mountpoint):
         return None

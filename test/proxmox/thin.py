@@ -1,8 +1,10 @@
-"""LVM-thin, emulated: the volumes of a group are sparse files.
+"""LVM, emulated: the volumes of a group are sparse files.
 
 No kernel here has device-mapper, so a "logical volume" is a file in ROOT/<vg>/, /dev/<vg>/<name> is a link to it, and a
 clone's origin is kept in <name>.origin: the real one is known to LVM only, and Proxmox does not look at it, which is why
 it lets a base volume go while clones of it exist. The group exists when its directory does.
+
+A thick group (storage type lvm) has the size that <vg>.size tells, and gives its volumes all of theirs at once.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from pve_schema import PveError
 
 ROOT = "/var/lib/pve-lvm"
 EXTENT = 4 << 20
+TYPES = ("lvm", "lvmthin")
 
 
 def group_exists(scfg):
@@ -63,8 +66,14 @@ def alloc(storeid, scfg, vmid, fmt, name, kib):
     if os.path.exists(file_of(scfg, name)):
         raise PveError(f"lvcreate '{scfg['vgname']}/{name}' error:   Logical Volume \"{name}\" already exists in volume "
                        f"group \"{scfg['vgname']}\"\n")
+    extents = -(-kib * 1024 // EXTENT)
+    if scfg["type"] == "lvm":
+        left = status(scfg)[1] // EXTENT
+        if extents > left:
+            raise PveError(f"lvcreate '{scfg['vgname']}/{name}' error:   Volume group \"{scfg['vgname']}\" has insufficient "
+                           f"free space ({left} extents): {extents} required.\n")
     with open(file_of(scfg, name), "wb") as file:
-        file.truncate(-(-kib * 1024 // EXTENT) * EXTENT)
+        file.truncate(extents * EXTENT)
     _link(scfg, name)
     out(f'  Logical volume "{name}" created.\n')
     return name
@@ -82,8 +91,13 @@ def resize(scfg, volname, size):
     out(f"  Logical volume {scfg['vgname']}/{volname} successfully resized.\n")
 
 
-def status():
-    """(total, available, used): of the file system below."""
+def status(scfg):
+    """(total, available, used): of a thin pool those of the file system below."""
+    if scfg["type"] == "lvm":
+        with open(f"{ROOT}/{scfg['vgname']}.size") as file:
+            total = int(file.read()) // EXTENT * EXTENT
+        used = sum(os.path.getsize(file) for file in glob.glob(f"{ROOT}/{scfg['vgname']}/*"))
+        return total, total - used, used
     stat = os.statvfs(ROOT)
     return (stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize, (stat.f_blocks - stat.f_bfree) * stat.f_frsize)
 

@@ -64,7 +64,7 @@ def volume_path(config: StorageConfig, volid: str) -> tuple[str, Volume]:
     """Where a volume lies; it need not exist."""
     ident, volname = parse_volume_id(volid)
     scfg = config.get(ident)
-    if scfg["type"] == "lvmthin":
+    if scfg["type"] in thin.TYPES:
         vmid, is_base = thin.parse(volname)
         return thin.path(scfg, volname), Volume("images", volname, vmid, is_base=is_base)
     if "path" not in scfg:
@@ -139,7 +139,7 @@ def image_info(path: str, fmt: str) -> dict[str, Any]:
 
 
 def list_images(ident: str, scfg: Config, vmid: int | None = None) -> list[dict[str, Any]]:
-    if scfg["type"] == "lvmthin":
+    if scfg["type"] in thin.TYPES:
         return thin.images(ident, scfg, vmid)
     found = []
     base = subdir(scfg, "images")
@@ -282,7 +282,7 @@ def vdisk_alloc(config: StorageConfig, ident: str, vmid: int | str, fmt: str | N
     number = int(vmid)
     fmt = fmt or scfg.get("format") or FORMATS.get(scfg["type"], ("raw", "raw"))[1]
     activate(config, ident)
-    if scfg["type"] == "lvmthin":
+    if scfg["type"] in thin.TYPES:
         return f"{ident}:" + lock_storage(ident, scfg, lambda: thin.alloc(ident, scfg, number, fmt, name, kib))
     if "path" not in scfg:
         raise NotCovered(f"volumes on a storage of type '{scfg['type']}'")
@@ -332,7 +332,7 @@ def _rmdir_quietly(path: str) -> None:
 def is_base_in_use(config: StorageConfig, volid: str) -> bool:
     """Does any image on the storage have this base image as its parent?"""
     ident, volname = parse_volume_id(volid)
-    if config.get(ident)["type"] == "lvmthin":
+    if config.get(ident)["type"] in thin.TYPES:
         return False   # only LVM knows the clones of a thin volume: Proxmox lets their base go
     volume = parse_volname(volname)
     if not volume.is_base:
@@ -354,7 +354,7 @@ def vdisk_free(config: StorageConfig, volid: str) -> None:
         if volume.content == "backup" and os.path.exists(path + ".protected"):
             raise PveError(f"cannot remove protected volume '{volname}' on '{ident}'\n")
         misbehave.point(f"storage.{ident}", "free")
-        if scfg["type"] == "lvmthin":
+        if scfg["type"] in thin.TYPES:
             return thin.free(scfg, volname)
         if volume.is_base and misbehave.is_set("no-chattr"):
             err(f"command '/usr/bin/chattr -i {path}' failed: open3: exec of /usr/bin/chattr -i {path} failed: "

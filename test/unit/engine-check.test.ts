@@ -96,6 +96,20 @@ describe("diff", () => {
   it.each(["volumeGroup", "origin", "name"])("replaces for another %s", (field) =>
     expect(changed({ [field]: "other" }).replaces).toEqual([field]),
   );
+  it("does not replace an object that was renamed by hand: what is declared is what it was made as", () => {
+    const { volumeGroup, name } = check(lvSnapshot, good).inputs;
+    const renamed = (over: object) =>
+      diff(
+        lvSnapshot,
+        { ...state, name: "byhand" },
+        check(lvSnapshot, { ...good, ...over }).inputs,
+        `${volumeGroup}/${name}`,
+      );
+    expect(renamed({})).toEqual({ changes: undefined, replaces: [] });
+    expect(renamed({ name: "byhand" })).toEqual({ changes: false, replaces: [] });
+    expect(renamed({ name: "other" }).replaces).toEqual(["name"]);
+    expect(renamed({ origin: "other" }).replaces).toEqual(["origin"]);
+  });
   it("never replaces for an unknown", () =>
     expect(changed({ name: UNKNOWN })).toEqual({ changes: undefined, replaces: [] }));
   it("never replaces for a host", () =>

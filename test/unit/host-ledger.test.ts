@@ -82,7 +82,7 @@ describe("the ledger", () => {
       await fenced(local, line({ identity }), "", touch, places);
       expect(await recall()).toMatchObject([{ identity }]);
       expect(encoded(identity)).toMatch(/^[A-Za-z0-9_%~-][A-Za-z0-9._%~-]*$/);
-      await forget(local, line({ identity }), places);
+      await forget(local, line({ identity }), undefined, places);
       expect(await recall()).toEqual([]);
     },
   );
@@ -256,13 +256,34 @@ describe("a fenced step", () => {
 describe("forget", () => {
   it("removes the line, and again", async () => {
     await fenced(local, line(), "", undefined, places);
-    await forget(local, line(), places);
-    await forget(local, line(), places);
+    await forget(local, line(), undefined, places);
+    await forget(local, line(), undefined, places);
     expect(await recall()).toEqual([]);
+  });
+  it("after the last command of a removal, when that ended well", async () => {
+    await fenced(local, line(), "", undefined, places);
+    const failed = await forget(local, line(), { why: "remove it", argv: sh("echo busy >&2; exit 5") }, places).catch(
+      (e) => e,
+    );
+    expect(failed).toMatchObject({ name: "CommandFailed", exit: 5, stderr: "busy\n" });
+    expect(await recall()).toHaveLength(1);
+    const seen: string[] = [];
+    hooks.argv = (_host, _argv, deed) => void seen.push(deed);
+    hooks.beforeStep = () => void seen.push("before");
+    hooks.afterStep = () => void seen.push("after");
+    await forget(local, line(), touch, places);
+    expect(seen).toEqual(["before", "change", "after"]);
+    expect(made()).toBe(1);
+    expect(await recall()).toEqual([]);
+    // Not again for what another run has removed, and never for what it made anew
+    await forget(local, line(), touch, places);
+    await fenced(local, line({ incarnation: "bbbb" }), "", undefined, places);
+    expect((await forget(local, line(), touch, places).catch((e) => e)).name).toBe("Conflict");
+    expect(made()).toBe(1);
   });
   it("leaves the line of a newer run", async () => {
     await fenced(local, line({ incarnation: "bbbb" }), "", undefined, places);
-    expect((await forget(local, line(), places).catch((e) => e)).name).toBe("Conflict");
+    expect((await forget(local, line(), undefined, places).catch((e) => e)).name).toBe("Conflict");
     expect(await recall()).toHaveLength(1);
   });
 });

@@ -9,6 +9,7 @@ import {
   lvSnapshot,
   roomFor,
   tagOf,
+  vgs,
 } from "../../provider/lv-snapshot.js";
 import { recording } from "../captures.js";
 
@@ -42,6 +43,18 @@ describe("the recorded answers of lvs", () => {
     const overflowed = parsed.filter((each) => each.lv_attr !== undefined && isOverflowed(each as never));
     expect(overflowed.length).toBeGreaterThan(0);
     expect(overflowed.every((each) => each.lv_attr === "swi-I-s---")).toBe(true);
+  });
+});
+
+describe("the recorded answers of vgs", () => {
+  it("name the volume groups, also when there is none", () => {
+    const named = ["linux/lvm-thick", "linux/lvm-thin-autoextend"].flatMap((name) =>
+      recording(name)
+        .filter(({ cmd, stdout }) => /^vgs\b/.test(String(cmd)) && stdout.trimStart().startsWith("{"))
+        .map(({ stdout }) => vgs.answer.parse(JSON.parse(stdout))),
+    );
+    expect(named).toContainEqual(["vgdata"]);
+    expect(named).toContainEqual([]);
   });
 });
 
@@ -148,6 +161,36 @@ describe("plan", () => {
   it("stamps today's owner over yesterday's", async () => {
     expect(await transcript({}, [root, { ...snap, lv_tags: `${tagOf("o/p/old/k/n")},keep` }])).toEqual([
       `lvchange --addtag ${tag} --deltag ${tagOf("o/p/old/k/n")} -- vg/snap`,
+    ]);
+  });
+  it("gives one that was renamed by hand its name back, and then looks again", async () => {
+    const pins = { uuid: "S", originUuid: "O", takenAt: "t", asked: 32 * MiB, bytes: 32 * MiB };
+    const renamed = { ...snap, lv_name: "byhand" };
+    const of = async (over: object, ...more: object[]) => transcript(over, [root, renamed, ...more], pins);
+    expect((await of({ size: 40 * MiB }))[0]).toBe("lvrename -- vg byhand snap");
+    await expect(of({}, { ...snap, lv_uuid: "X" })).rejects.toThrow(
+      /renamed to byhand, and another volume has its name/,
+    );
+    await expect(
+      transcript(
+        {},
+        [
+          { ...root, vg_name: "vg1" },
+          { ...renamed, vg_name: "vg1" },
+        ],
+        pins,
+      ),
+    ).rejects.toThrow(/vg\/snap is vg1\/byhand now \(uuid S\).*volumeGroup: "vg1"/s);
+  });
+  it("keeps to the declared volume group, also when a clone of it has volumes of the same uuids", async () => {
+    const pins = { uuid: "S", originUuid: "O", takenAt: "t", asked: 32 * MiB, bytes: 32 * MiB };
+    const clones = [root, { ...snap, lv_tags: tag }].map((row) => ({ ...row, vg_name: "a-clone" }));
+    const rows = [...clones, root, { ...snap, lv_tags: tag }];
+    expect(await transcript({}, rows, pins)).toEqual([]);
+    const line = { owner, pins } as never;
+    const have = await lvSnapshot.observe(want, line, { ask: async () => rows } as never);
+    expect(lvSnapshot.remove(have, line).map(({ shown }) => shown?.join(" "))).toEqual([
+      "lvremove --yes --select lv_uuid=S -- vg/snap",
     ]);
   });
   it.each([

@@ -1,14 +1,23 @@
 import * as pulumi from "@pulumi/pulumi";
 import { beforeEach, describe, expect, it } from "vitest";
 import { check, diff } from "../../provider/engine-check.js";
+import { Refused, Unfinished } from "../../provider/errors.js";
 import type { JobState } from "../../provider/host-job.js";
 import type { Line } from "../../provider/host-ledger.js";
 import { RestoredTemplate, VmIdRange } from "../../provider/index.js";
 import type { Storage, StorageState } from "../../provider/pve.js";
 import { configOf, digestOf, type GuestFile, guestsOf, hostDevices } from "../../provider/pve-guests.js";
-import { archivedConfig, restoreArgv, restoredBy, verifyArgv } from "../../provider/qmrestore.js";
+import {
+  archivedConfig,
+  restoreArgv,
+  restoredBy,
+  unpackedSize,
+  verifyArgv,
+  vmaData,
+  zstdContent,
+} from "../../provider/qmrestore.js";
 import { restoredTemplate, type Want } from "../../provider/restored-template.js";
-import { choosePlace, timesOf } from "../../provider/restored-template-choice.js";
+import { choosePlace, isThick, timesOf } from "../../provider/restored-template-choice.js";
 import { changedByHand, type Have, type Mine, type Pins, settingsOf } from "../../provider/restored-template-look.js";
 import { trouble } from "../../provider/restored-template-plan.js";
 import { marked, unmarked } from "../../provider/restored-template-settings.js";
@@ -131,6 +140,7 @@ describe("the configuration in an archive, as recorded", () => {
       template: false,
       devices: [],
       virtualBytes: (64 + 16) << 20,
+      unsized: false,
     });
   });
 
@@ -231,7 +241,7 @@ describe("the place", () => {
     choosePlace(
       names.map((name) => ({ storage: name })),
       rows,
-      { virtual, least },
+      { virtual, data: { least, known: true } },
     );
 
   it("is the one with most room", () => {
@@ -240,7 +250,7 @@ describe("the place", () => {
   it("takes a sparse disk of 512 GiB with 8 GB of data on 100 GB, with a warning", () => {
     expect(pick(["local"], 512 * GiB, 8 * GiB)).toMatchObject({
       storage: "local",
-      overcommitted: { virtual: 512 * GiB, available: 100 * GiB },
+      overcommitted: { virtual: 512 * GiB, available: 100 * GiB, data: 8 * GiB, known: true },
     });
   });
   it("wants the whole size where it is reserved at once", () => {
@@ -251,7 +261,41 @@ describe("the place", () => {
     expect(() => pick(["nosuch", "iso", "off", "down"], GiB, GiB)).toThrow(
       /nosuch does not exist.*iso takes no disk images; off is disabled.*down is not active/s,
     );
-    expect(() => pick(["local"], 200 * GiB, 101 * GiB)).toThrow(/the data is/);
+    expect(() => pick(["local"], 200 * GiB, 101 * GiB)).toThrow(/the data is \d+ bytes\./);
+  });
+});
+
+describe("what is known of the data before it is restored", () => {
+  it("of a zstd archive: the size in its frame's head, where there is one", () => {
+    const head = (...bytes: number[]) =>
+      Buffer.concat([Buffer.from([0x28, 0xb5, 0x2f, 0xfd, ...bytes]), Buffer.alloc(18)]).subarray(0, 18);
+    expect(zstdContent(head(0x00, 0x58))).toEqual({ bytes: 0, known: false }); // a stream, as vzdump compresses
+    expect(zstdContent(head(0x60, 0x10, 0x27))).toEqual({ bytes: 10_000 + 256, known: true });
+    expect(zstdContent(head(0xa0, 0, 0, 0, 0x40))).toEqual({ bytes: GiB, known: true });
+    expect(zstdContent(head(0xc0, 0x58, 0, 0, 0, 0, 2))).toEqual({ bytes: 8 * GiB, known: true });
+    expect(zstdContent(Buffer.from([0x28, 0xb5, 0x2f, 0xfd]))).toEqual({ bytes: 0, known: false });
+    expect(zstdContent(Buffer.alloc(18))).toEqual({ bytes: 0, known: false });
+  });
+  it("of a gzip archive: its last four bytes, which are no more than the least", () => {
+    const { parse } = unpackedSize("local:backup/vzdump-qemu-107-2023_07_26-02_23_55.vma.gz");
+    expect(parse?.("gz\n   0   0  16   1\n")).toEqual({ bytes: (1 << 24) + (16 << 16), known: false });
+    expect(parse?.("")).toEqual({ bytes: 0, known: false }); // lzo tells nothing
+  });
+  it("is never more than an archive of that size holds", () => {
+    expect(vmaData(8 * GiB, 512 * GiB)).toBeGreaterThan(7.9 * GiB);
+    expect(vmaData(8 * GiB, 512 * GiB)).toBeLessThan(8 * GiB);
+    expect(vmaData(1000, 512 * GiB)).toBe(0);
+  });
+  it("a disk whose configuration tells no size is not taken for an empty one", () => {
+    const text =
+      "scsi0: local:7/vm-7-disk-0.raw,size=1G\nscsi1: local:7/vm-7-disk-1.raw\n#qmdump#map:scsi0:drive-scsi0:local:raw:\n#qmdump#map:scsi1:drive-scsi1:local:raw:\n";
+    expect(archivedConfig(text)).toMatchObject({ unsized: true });
+  });
+  it("a pool of ZFS reserves the whole size, unless it is sparse", () => {
+    expect(isThick(storage("z", "zfspool"))).toBe(true);
+    expect(isThick(storage("z", "zfspool", { sparse: true }))).toBe(false);
+    expect(isThick(storage("d", "dir", { preallocation: "falloc" }))).toBe(true);
+    expect(isThick(storage("t", "lvmthin"))).toBe(false);
   });
 });
 
@@ -324,6 +368,8 @@ function have(over: Partial<Have> = {}): Have {
     exists: false,
     job: none,
     leftovers: [],
+    unseen: [],
+    unremembered: [],
     otherwise: false,
     verified: false,
     keep: false,
@@ -337,6 +383,8 @@ const mine = (file: GuestFile, pinned: Pins = restored, clones: string[] = []): 
   clones,
   unknown: [],
   missing: [],
+  unconverted: [],
+  frees: new Map(),
 });
 
 function line(pins: Pins | undefined, over: Partial<Line<Pins>> = {}): Line<Pins> {
@@ -429,13 +477,25 @@ describe("plan of a change to another archive", () => {
     expect(planned(before, next, { ...w, verify: false })).toEqual(["qm destroy 14001"]);
     const gone = restoredTemplate.plan(w, have(), line({ ...next, old: undefined, instead: A }));
     expect(tools(gone)).toEqual([RESTORE.replace(A, B)]);
-    expect(gone[0]?.next).toContain(A); // whoever fails now is told how to go back
+    expect(gone[0]).toMatchObject({ halfway: true, next: expect.stringContaining(A) }); // whoever fails now is told how to go back
+    const no = new Refused({ what: "B does not exist.", next: "Name another." });
+    expect(() => planned(have({ refused: no }), { ...next, old: undefined, instead: A }, w)).toThrow(Unfinished);
+    expect(() => planned(have({ refused: no }), { ...next, old: undefined, instead: A }, w)).toThrow(
+      new RegExp(`B does not exist[\\s\\S]*${A}`),
+    );
+    const stranger = guest({ vmgenid: "g-9" });
+    expect(() => planned(have({ stranger }), { ...next, old: undefined, instead: A }, w)).toThrow(Unfinished);
   });
   it("with an id: refuses a guest that is no template, and one in use", () => {
     const at = (o: Mine) => () => planned(have({ exists: true, old: o }), next, w);
     expect(at(mine(guest()))).toThrow(/it is no template/);
     expect(at({ ...old, clones: ["110"] })).toThrow(/linked clones.*110/);
     expect(at(mine(guest({ ...TEMPLATE, memory: "2048" })))).toThrow(/memory was changed by hand/);
+    const adopted = mine(guest(TEMPLATE), { ...restored, adopted: true });
+    expect(at(adopted)).toThrow(/it was adopted/); // what it holds may be nowhere else
+    expect(planned(have({ exists: true, old: adopted, verified: true }), next, { ...w, onDelete: "destroy" })).toEqual([
+      "qm destroy 14001",
+    ]);
   });
   it("with a range: the new guest first, the old one afterwards", () => {
     const beside: Pins = { ...next, vmId: 14002 };
@@ -477,6 +537,10 @@ describe("delete", () => {
   it("keeps when that is declared, and when a storage cannot tell of clones", () => {
     expect(removal(mine(guest(TEMPLATE)), { keep: true })).toEqual([]);
     expect(() => removal({ ...mine(guest(TEMPLATE)), unknown: ["nfs"] })).toThrow(/nfs does not answer/);
+    // Its guest is gone, and a volume of it may be on a storage that is down.
+    const nothing = have({ unseen: ["nfs"] });
+    expect(() => restoredTemplate.remove(nothing, line(restored))).toThrow(/nfs does not answer.*guest 14001/s);
+    expect(() => planned(nothing)).toThrow(/nfs does not answer/);
   });
   it("waits for a restore that runs", () => {
     expect(() => restoredTemplate.remove(have({ job: { ...none, state: "running" } }), line(chosen))).toThrow(
