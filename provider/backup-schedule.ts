@@ -546,11 +546,24 @@ function refused(what: string, there: string[]): Refused {
 
 const shortened = (list: string[]) => (list.length > 20 ? [...list.slice(0, 20), "..."] : list);
 
+// Read back in the same command.
+const DELETE = `id=$1; shift; "$@" || exit
+! grep -qsx "vzdump: $id" /etc/pve/jobs.cfg || { echo "it ended without an error, and yet the job is there" >&2; exit 1; }`;
+
 function remove(have: Have, line: Line): Step[] {
   // Somebody may have made another job of this name since.
   if (have.job === undefined || (have.owner !== undefined && !isMarked(have.job, line.owner))) return [];
   const { id } = have.job;
-  return [write(`delete the backup job ${id}`, ["pvesh", "delete", `/cluster/backup/${id}`])];
+  const argv = ["pvesh", "delete", `/cluster/backup/${id}`] as const;
+  return [
+    {
+      why: `delete the backup job ${id}`,
+      argv: pve.writing("jobs.cfg", ["sh", "-c", DELETE, "delete", id, ...argv]),
+      shown: argv,
+      timeout: pve.WRITE_SECONDS,
+      last: true,
+    },
+  ];
 }
 
 // ---------------------------------------------------------------- outputs

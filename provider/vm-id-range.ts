@@ -46,15 +46,16 @@ const isRange = (found: NextId | undefined, range: Range) =>
 
 // Proxmox replaces the range whatever it is by now, and two runs may have planned at once: of those the second is told of the first.
 const SET = `${pve.WRITER}
+range() { sed -n 's/^next-id: *//p' /etc/pve/datacenter.cfg 2>/dev/null | tr -s ', ' '\\n\\n' | LC_ALL=C sort | tr '\\n' ' '; }
 unchanged() {
-  seen=$1; shift
-  now=$(sed -n 's/^next-id: *//p' /etc/pve/datacenter.cfg 2>/dev/null | tr -s ', ' '\\n\\n' | LC_ALL=C sort | tr '\\n' ' ')
-  [ "$now" = "$seen" ] || {
-    echo "the next-id range was changed since it was looked at, and was left as it is now: \${now:-none}" >&2
+  seen=$1 wanted=$2; shift 2
+  [ "$(range)" = "$seen" ] || {
+    echo "the next-id range was changed since it was looked at, and was left as it is now: $(range)" >&2
     sed -n 's/.*"identity":"\\([^"]*\\)","owner":"\\([^"]*\\)".*/\\1 is declared by \\2/p' /var/lib/pulumi-vmbackup/VmIdRange/*.json >&2
     return 75
   }
-  "$@"
+  "$@" || return
+  [ "$(range)" = "$wanted" ] || { echo "pvesh ended without an error, and yet the next-id range is: $(range)" >&2; return 1; }
 }
 writer datacenter.cfg unchanged "$@"`;
 
@@ -63,17 +64,17 @@ const words = ({ lower, upper }: NextId) => pve.propertyString({ lower, upper })
 function setNextId(why: string, value: NextId | null, found: NextId | undefined): Step {
   const change = value === null ? ["--delete", "next-id"] : ["--next-id", words(value)];
   const argv = ["pvesh", "set", "/cluster/options", ...change] as const;
-  const seen = words(found ?? {})
-    .split(",")
-    .flatMap((word) => (word === "" ? [] : [`${word} `]))
-    .join("");
+  // As `range` prints it.
+  const printed = (range: NextId | null | undefined) =>
+    range?.lower === undefined && range?.upper === undefined ? "" : `${words(range).replace(",", " ")} `;
   return {
     why,
-    argv: ["sh", "-c", SET, "set-next-id", seen, ...argv],
+    argv: ["sh", "-c", SET, "set-next-id", printed(found), printed(value), ...argv],
     shown: argv,
     timeout: pve.WRITE_SECONDS,
     next: "Run pulumi again: it looks first.",
     look: true,
+    last: true, // when it is a removal
   };
 }
 

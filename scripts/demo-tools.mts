@@ -109,6 +109,7 @@ export class Project {
       () => true,
     );
     if (!failed) throw new Error(`pulumi ${shown} was expected to fail`);
+    console.log("  The error is the check's answer: it exits 1, and a run in CI turns red.");
   }
 
   async remove(): Promise<void> {
