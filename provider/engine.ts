@@ -385,7 +385,7 @@ export class Engine {
 
   async #reconcile(id: string, task: Task<Fields, unknown>, seen?: Observed<unknown>): Promise<Observed<unknown>> {
     const { host, want, line } = task;
-    const was = plain(lineOf(task.memory, line.kind, line.identity));
+    let was: unknown = plain(lineOf(task.memory, line.kind, line.identity));
     let last = "";
     for (let next = seen; ; next = undefined) {
       const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host, "plan"));
@@ -398,6 +398,7 @@ export class Engine {
       }
       last = this.#progress(id, last, steps, host);
       line.finished = false;
+      was = undefined; // as the steps write it
       for (const step of steps) {
         // Work that had ended before we came was none of ours: the same plan may come once more.
         if (!(await this.#step(id, task, step, have))) last = "";

@@ -267,6 +267,13 @@ describe("LvSnapshot on real LVM", () => {
     expect(await stack.refresh()).toBe("there");
     expect(await stack.preview({ ...named, size: "12M" })).toBe("same");
 
+    // Nothing but the name: what the ledger holds is finished again, too
+    await store.ssh(["lvrename", "-qq", vg, "named", "again"]);
+    await stack.refresh();
+    expect(await stack.up({ ...named, size: "12M" })).toBe("update");
+    const { stdout } = await store.ssh(`cat /var/lib/pulumi-vmbackup/LvSnapshot/${vg}%2Fnamed.json`);
+    expect(JSON.parse(stdout)).toMatchObject({ finished: true, pins: { uuid } });
+
     // The program takes the new name over: nothing is done, and destroy removes the one that was made
     await store.ssh(["lvrename", "-qq", vg, "named", "kept"]);
     await stack.refresh();
