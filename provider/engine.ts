@@ -7,7 +7,7 @@ import { randomBytes } from "node:crypto";
 import type * as z from "zod";
 import { type Fields, plain, same } from "./engine-values.js";
 import { CommandFailed, Conflict, HostUnreachable, Refused, Unfinished } from "./errors.js";
-import type { Command, Host } from "./host.js";
+import { type Command, type Host, oneLook } from "./host.js";
 import { ended, forgetJob, inTurn, jobState, joins, started } from "./host-job.js";
 import { fenced, forget, type Line, type Memory, memory } from "./host-ledger.js";
 
@@ -225,11 +225,11 @@ export class Engine {
     let line = remembered;
     // A definition that chooses learns from the line what was chosen.
     const blank = this.#definition.choose === undefined ? undefined : this.#lineFrom(id, {});
-    let have: Observed<unknown> = await this.#definition.observe(want, line ?? blank, host, "plan");
+    let have: Observed<unknown> = await this.#look(want, line ?? blank, host, "plan");
     if (line?.finished && !have.exists) {
       // What the line tells of is gone, and nobody is at work on it: the name is free again.
       line = undefined;
-      have = await this.#definition.observe(want, blank, host, "plan");
+      have = await this.#look(want, blank, host, "plan");
     }
     const adopted = this.#mayTake(id, hidden.__owner, want.adopt === true, line, have);
     const task: Task<Fields, unknown> = {
@@ -276,7 +276,7 @@ export class Engine {
     };
     if (line === undefined) {
       // The ledger was lost, or the object was removed with it: only an object that still carries our mark is ours.
-      const have = await this.#definition.observe(want, task.line, host, "look");
+      const have = await this.#look(want, task.line, host, "look");
       if (have.exists && have.owner !== before.__owner && have.owner !== hidden.__owner)
         throw this.#conflict(id, have.owner);
     }
@@ -295,7 +295,7 @@ export class Engine {
       : declaredOf(this.#definition, inputs);
     const { host, found, line } = await this.#open(id, want, hidden);
     const known = line ?? this.#lineFrom(id, hidden);
-    const have = await this.#definition.observe(want, isGet ? line : known, host, "tell");
+    const have = await this.#look(want, isGet ? line : known, host, "tell");
     if (!have.exists && have.lost === undefined) {
       if (!isGet) return { props: {} };
       throw new Refused({
@@ -319,7 +319,7 @@ export class Engine {
     const deadline = within(hidden.__timeouts?.delete);
     const { host, line } = await this.#open(id, want, hidden);
     if (line === undefined || line.owner !== hidden.__owner || line.incarnation !== hidden.__incarnation) {
-      const have = await this.#definition.observe(want, line ?? this.#lineFrom(id, hidden), host, "look");
+      const have = await this.#look(want, line ?? this.#lineFrom(id, hidden), host, "look");
       if (have.exists) {
         const whose = line?.owner ?? have.owner;
         console.log(
@@ -332,7 +332,7 @@ export class Engine {
     // What a command that was left over is still making is not there yet: wait for its lock before looking.
     if (!line.finished) await fenced(host, line, line.incarnation);
     for (;;) {
-      const have = await this.#definition.observe(want, line, host, "look");
+      const have = await this.#look(want, line, host, "look");
       const steps = this.#definition.remove(have, line);
       if (steps.length === 0) {
         const left = this.#definition.left?.(have, line);
@@ -363,6 +363,10 @@ export class Engine {
     return { host, found, line: lineOf(found, this.#definition.kind, id) };
   }
 
+  #look(want: Fields, line: Line | undefined, host: Host, purpose: Purpose): Promise<Observed<unknown>> {
+    return this.#definition.observe(want, line, oneLook(host), purpose);
+  }
+
   // ---------------------------------------------------------------- the loop
 
   async #carryOut(
@@ -388,7 +392,7 @@ export class Engine {
     let was: unknown = plain(lineOf(task.memory, line.kind, line.identity));
     let last = "";
     for (let next = seen; ; next = undefined) {
-      const have: Observed<unknown> = next ?? (await this.#definition.observe(want, line, host, "plan"));
+      const have: Observed<unknown> = next ?? (await this.#look(want, line, host, "plan"));
       if (have.pins !== undefined) line.pins = plain(have.pins);
       const steps = this.#definition.plan(want, have, line);
       if (steps.length === 0) {
@@ -418,7 +422,7 @@ export class Engine {
     } catch (error) {
       // A first step that failed and left nothing is no half-made resource: nothing is owed to anybody.
       if (fresh && error instanceof CommandFailed) {
-        const now = await this.#definition.observe(task.want, task.line, task.host, "look");
+        const now = await this.#look(task.want, task.line, task.host, "look");
         if (!now.exists) {
           await forgetJob(task.host, task.line);
           await forget(task.host, task.line);

@@ -115,7 +115,7 @@ export async function memory(host: Host, places: Places = PLACES): Promise<Memor
     return await host.ask(report);
   } catch (cause) {
     // Between the list and the reading a file can go, by another run's delete: then it is not in the next list.
-    if (cause instanceof Unread) return await host.ask(report);
+    if (cause instanceof Unread) return await host.ask(report, "again");
     // mawk ends at a file that opens and does not read (a folder, a bad sector); the last name it wrote is that one's.
     const [file] =
       cause instanceof CommandFailed ? (cause.stdout.split("\u001e").slice(1).at(-1)?.split("\n") ?? []) : [];

@@ -62,8 +62,11 @@ export interface Host {
   readonly name: string;
   /** Runs a command; a failure is CommandFailed, no answer is HostUnreachable. */
   run(command: Command): Promise<Answer>;
-  /** Asks a question. Identical questions that have not started yet are asked once; nobody joins one that has started. */
-  ask<T>(report: Report<T>): Promise<T>;
+  /**
+   * Asks a question. Identical questions that have not started yet are asked once; nobody joins one that has started. `again`: also
+   * within one look, where the first answer may have come too early.
+   */
+  ask<T>(report: Report<T>, again?: "again"): Promise<T>;
   /** Asked once per connection. */
   identity(): Promise<Identity>;
 }
@@ -321,6 +324,22 @@ function handle(name: string, connection: Connection, cwd: string): Host {
     identity: async () => (await machine("see which machine it is")).identity(host),
   };
   return host;
+}
+
+/** The host for the time of one look: the same question has one answer, however many parts of the look ask it. */
+export function oneLook(host: Host): Host {
+  const answers = new Map<string, Promise<unknown>>();
+  return {
+    ...host,
+    ask<T>(report: Report<T>, again?: "again"): Promise<T> {
+      const key = [report.why, quote(report.argv), report.stdin].join("\0");
+      const known = again === undefined ? answers.get(key) : undefined;
+      if (known !== undefined) return known as Promise<T>;
+      const answer = host.ask(report);
+      answers.set(key, answer);
+      return answer;
+    },
+  };
 }
 
 async function readable<T>(name: string, report: Report<T>, asked: Asked): Promise<T> {

@@ -213,10 +213,11 @@ export async function observe(want: Want, line: Line<Pins> | undefined, host: Ho
   let states = row === undefined ? [] : await host.ask(storageStates);
   const stateOf = () => states.find(({ storage }) => storage === id);
   // The first answer after a mount says inactive.
-  if (stateOf()?.enabled && !stateOf()?.active) states = await host.ask(storageStates);
+  if (stateOf()?.enabled && !stateOf()?.active) states = await host.ask(storageStates, "again");
   const state = stateOf();
   // It has mounted what was not.
-  if (state?.active && !seen.mounts.some(({ target }) => target === row?.values.path)) seen = await host.ask(look);
+  if (state?.active && !seen.mounts.some(({ target }) => target === row?.values.path))
+    seen = await host.ask(look, "again");
 
   const path = row?.values.path ?? want.path ?? defaultPath(id);
   const pins: Pins = { ...line?.pins };

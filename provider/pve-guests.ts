@@ -3,7 +3,7 @@
 import { createHash } from "node:crypto";
 import * as z from "zod";
 import type { Report } from "./host.js";
-import { setOf } from "./pve.js";
+import { MOUNTED, setOf } from "./pve.js";
 
 export interface GuestFile {
   vmid: number;
@@ -31,8 +31,7 @@ export interface Guests {
 }
 
 // A file can go between the list and the reading: that is a guest less. One that is there and cannot be read is no answer.
-const READ = `[ -d /etc/pve/local/. ] || { echo "/etc/pve is not mounted: no Proxmox VE node, or its pve-cluster service is down" >&2; exit 1; }
-part() { printf '\\036%s\\n' "$1"; }
+const READ = `${MOUNTED}part() { printf '\\036%s\\n' "$1"; }
 part node; readlink /etc/pve/local
 part running
 for f in /run/qemu-server/*.pid; do

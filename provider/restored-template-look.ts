@@ -295,8 +295,7 @@ function claimed(lines: readonly Line[]): number[] {
 
 export async function freeId(range: Range, host: Host): Promise<number> {
   const { lines } = await memory(host);
-  let taken = await idsTaken(host, claimed(lines));
-  if (taken.unknown.length > 0) taken = await idsTaken(host, claimed(lines)); // the first answer after a mount says no
+  const taken = await idsTaken(host, claimed(lines));
   if (taken.unknown.length > 0)
     throw new Refused({
       what: `Unable to restore. vmId: which ids from ${range.lower} to ${range.upper} are free cannot be known, as the storage ${taken.unknown.join(", ")} does not answer, and may hold disks and dumps of earlier guests.`,

@@ -11,6 +11,7 @@ import { type Line, memory } from "./host-ledger.js";
 import { contains, overlap, type Range, rangeTrouble } from "./id-range.js";
 import { idsUsed } from "./nfs-dump-storage-look.js";
 import * as pve from "./pve.js";
+import { type GuestFile, guestFiles } from "./pve-guests.js";
 
 // ---------------------------------------------------------------- inputs
 
@@ -88,7 +89,7 @@ interface Have extends Observed<Pins> {
   /** Other VmIdRanges of this node, by their owner. */
   others: (Pins & { owner: string })[];
   /** Asked when it is told: of what is settled, and by a read. */
-  status?: { guests: pve.Guest[]; taken: Taken };
+  status?: { guests: Pick<GuestFile, "vmid" | "node">[]; taken: Taken };
 }
 
 async function observe(want: Want, line: Line<Pins> | undefined, host: Host, purpose?: Purpose): Promise<Have> {
@@ -104,8 +105,8 @@ async function observe(want: Want, line: Line<Pins> | undefined, host: Host, pur
     pins: pinsOf(want, line, nextId),
   };
   if (purpose === "plan" ? changes(want, have, have.pins).length === 0 : purpose === "tell") {
-    const [guests, taken] = await Promise.all([host.ask(pve.guests), idsTaken(host)]);
-    have.status = { guests, taken };
+    const [guests, taken] = await Promise.all([host.ask(guestFiles), idsTaken(host)]);
+    have.status = { guests: [...guests.byId.values()], taken };
   }
   return have;
 }
@@ -262,7 +263,7 @@ export const USED = "was used before";
  * it, the ids that were used before (the claim on the shared store remembers them).
  */
 export async function idsTaken(host: Host, recorded: Iterable<number> = []): Promise<Taken> {
-  const [guests, used, states] = await Promise.all([host.ask(pve.guests), idsUsed(host), pve.settledStates(host)]);
+  const [guests, used, states] = await Promise.all([host.ask(guestFiles), idsUsed(host), pve.settledStates(host)]);
   const asked = states.filter(
     ({ enabled, content }) => enabled && content.some((c) => ["images", "rootdir", "backup"].includes(c)),
   );
@@ -288,8 +289,8 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
   for (const { vmid, volid } of found.filter(isDump)) if (vmid !== undefined) ids.set(vmid, `the dump ${volid} exists`);
   for (const { vmid, volid } of found.filter((row) => !isDump(row)))
     if (vmid !== undefined) ids.set(vmid, `the volume ${volid} exists`);
-  for (const { vmid, type, node } of guests)
-    ids.set(vmid, `${type === "lxc" ? "a container" : "a guest"} on ${node} has it`);
+  for (const { vmid, kind, node } of guests.byId.values())
+    ids.set(vmid, `${kind === "lxc" ? "a container" : "a guest"} on ${node} has it`);
   return { ids, unknown };
 }
 

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import * as z from "zod";
-import { connect, connectionSchema, hooks, hostLabel, hostSchema, quote } from "../../provider/host.js";
+import { connect, connectionSchema, hooks, hostLabel, hostSchema, oneLook, quote } from "../../provider/host.js";
 
 afterEach(() => {
   delete hooks.argv;
@@ -304,6 +304,17 @@ describe("ask", () => {
     expect(await first).toEqual({ n: 1 });
     expect(await Promise.all(later)).toEqual(Array(50).fill({ n: 2 }));
     expect(times()).toBe(2);
+  });
+
+  it("within one look the same question has one answer, unless it is asked again on purpose", async () => {
+    const folder = mkdtempSync(join(tmpdir(), "look-"));
+    const report = { why: "count", argv: sh('echo >> "$1/asked"; wc -l < "$1/asked"', folder), answer: z.number() };
+    const look = oneLook(local);
+    expect(await look.ask(report)).toBe(1);
+    expect(await Promise.all([look.ask(report), look.ask({ ...report })])).toEqual([1, 1]);
+    expect(await look.ask(report, "again")).toBe(2);
+    expect(await look.ask(report)).toBe(2);
+    expect(await oneLook(local).ask(report)).toBe(3);
   });
 
   it("a failure is everybody's who asked, and is not kept", async () => {

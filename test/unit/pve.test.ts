@@ -24,22 +24,35 @@ import {
 import { answers, recording } from "../captures.js";
 
 describe("what the real tools answered", () => {
-  it("/storage", () => {
-    const [found] = answers("pve/pvesm", storages);
-    expect(found).toEqual([
-      expect.objectContaining({ storage: "local", type: "dir", "prune-backups": "keep-all=1" }),
-      {
-        storage: "nfs-fast-dump",
-        type: "nfs",
-        digest: "54008a91d6b3b4d77593aa0d3bddc2b0b50c4628",
-        content: ["backup"],
-        path: "/mnt/pve/nfs-fast-dump",
-        server: "127.0.0.1",
-        export: "/mnt/data/pve-dump",
-        shared: true,
-        "prune-backups": "keep-last=3,keep-daily=7",
-      },
-    ]);
+  const read = (text: string) => storages.answer.parse(storages.parse?.(text));
+
+  it("storage.cfg, as /storage tells it", () => {
+    const calls = recording("pve/pvesm");
+    const said = (command: string) => calls.filter(({ cmd, exit }) => exit === 0 && cmd.join(" ") === command);
+    // The same two storages, each with the retention of that time.
+    const [api] = said("pvesh get /storage --output-format json");
+    const file = said("cat /etc/pve/storage.cfg").find(
+      ({ stdout }) => /keep-daily=7/.test(stdout) && !/nodes/.test(stdout),
+    );
+    const told = (JSON.parse(api?.stdout ?? "") as Record<string, unknown>[]).map(
+      ({ content, digest, shared, ...row }) => ({
+        ...row,
+        content: setOf(String(content)),
+      }),
+    );
+    expect(told).toHaveLength(2);
+    expect(read(file?.stdout ?? "")).toEqual(told);
+  });
+
+  it("storage.cfg: flags are bare words, and Proxmox has a storage that no file names", () => {
+    const disabled = recording("pve/pvesm").find(({ stdout }) => /^nfs: nfs-fast-dump\n\tdisable\n/.test(stdout));
+    expect(read(disabled?.stdout ?? "")).toContainEqual(
+      expect.objectContaining({ storage: "nfs-fast-dump", disable: true, nodes: ["pve1"] }),
+    );
+    const local = expect.objectContaining({ storage: "local", type: "dir", path: "/var/lib/vz" });
+    expect(read("")).toEqual([local]);
+    expect(read("lvm: local\n\tvgname x\n")).toEqual([local]);
+    expect(read("dir: local\n\tpath /srv\n")).toEqual([local]);
   });
 
   it("the state of the storages: lists in random order are one set", () => {

@@ -216,7 +216,6 @@ const state = (storage: string, over: Partial<StorageState> = {}): StorageState 
 const storage = (name: string, type = "dir", over: Partial<Storage> = {}): Storage => ({
   storage: name,
   type,
-  digest: "",
   ...over,
 });
 

@@ -160,7 +160,7 @@ describe("remove", () => {
 });
 
 it("tells how many ids are used and free, and which guests are outside", () => {
-  const guest = (vmid: number, node = "pve1") => ({ vmid, node, type: "qemu" as const });
+  const guest = (vmid: number, node = "pve1") => ({ vmid, node });
   const guests = [guest(14002), guest(107), guest(14001), guest(100), guest(50000, "pve2")];
   const taken = { ids: new Map([14001, 14002, 14003, 107].map((id) => [id, "x"])), unknown: [] };
   expect(vmIdRange.facts(want, have({ status: { guests, taken } }), line(ours)).status).toEqual({
