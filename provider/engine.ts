@@ -226,8 +226,8 @@ export class Engine {
     // A definition that chooses learns from the line what was chosen.
     const blank = this.#definition.choose === undefined ? undefined : this.#lineFrom(id, {});
     let have: Observed<unknown> = await this.#look(want, line ?? blank, host, "plan");
-    if (line?.finished && !have.exists) {
-      // What the line tells of is gone, and nobody is at work on it: the name is free again.
+    if ((line?.finished || have.lost !== undefined) && !have.exists) {
+      // What the line tells of is gone, and no state relies on it: the name is free again.
       line = undefined;
       have = await this.#look(want, blank, host, "plan");
     }

@@ -3,6 +3,7 @@ import { readdirSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
 import { hooks } from "../../provider/host.js";
+import { hooks as ledgerHooks } from "../../provider/host-ledger.js";
 import { laws } from "../laws.js";
 import { Stack } from "../stack.js";
 import { useHosts, useStore, useVolumeGroup } from "./lab.js";
@@ -281,6 +282,27 @@ describe("LvSnapshot on real LVM", () => {
     expect(await lvs("kept", "lv_uuid")).toBe(uuid);
     await stack.destroy();
     expect(await lvs("kept")).toBeUndefined();
+  });
+
+  it("takes a new one where one that was half changed is gone, and with it the state that knew it", async () => {
+    await setUp();
+    const want = inputs({ name: "forgotten" });
+    const stack = stackFor("forgotten");
+    await stack.up(want);
+    const uuid = await lvs("forgotten", "lv_uuid");
+    ledgerHooks.afterStep = () => {
+      throw new Error("the power went");
+    };
+    try {
+      await expect(stack.up({ ...want, size: "12M" })).rejects.toThrow("the power went");
+    } finally {
+      delete ledgerHooks.afterStep;
+    }
+    await store.ssh(["lvremove", "-qq", "-y", `${vg}/forgotten`]);
+    await expect(stack.up({ ...want, size: "12M" })).rejects.toThrow(/is lost/); // whoever has the state is told
+    expect(await stackFor("forgotten").up(want)).toBe("create");
+    expect(await lvs("forgotten", "lv_uuid,lv_size")).toMatch(/ 8388608B$/);
+    expect(await lvs("forgotten", "lv_uuid")).not.toBe(uuid);
   });
 
   it("keeps to its volume group when that was cloned, says so when it was renamed, and follows a program that names the new one", async () => {
