@@ -6,7 +6,7 @@ import type { Host } from "./host.js";
 import * as pve from "./pve.js";
 import type { Guests } from "./pve-guests.js";
 import { type Archived, archivedNames, deviceSizes, extractConfig, unpackedSize, vmaData } from "./qmrestore.js";
-import { idsTaken, USED } from "./vm-id-range.js";
+import { idsTaken, type Taken, USED } from "./vm-id-range.js";
 
 export type Source =
   | { archive: string }
@@ -252,14 +252,19 @@ export function choosePlace(
 // ---------------------------------------------------------------- the id
 
 /** Free in the meaning of VmIdRange. Dumps of an earlier guest of the same name may lie there: they are this one's past. */
-async function checkId(vmId: number, name: string | undefined, guests: Guests, host: Host): Promise<void> {
+async function checkId(
+  vmId: number,
+  name: string | undefined,
+  guests: Guests,
+  taken: Taken,
+  host: Host,
+): Promise<void> {
   const there = guests.byId.get(vmId);
   if (there !== undefined)
     throw new Conflict({
       what: `Unable to restore. vmId: ${there.kind === "lxc" ? "a container" : "a guest"} on ${there.node} has the id ${vmId}${there.values.name === undefined ? "" : ` (${there.values.name})`}. It was left as it is.`,
       next: "Choose another id, or a range, of which a free one is taken.",
     });
-  const taken = await idsTaken(host);
   const why = taken.ids.get(vmId);
   // An id that is only remembered is passed over where one of a range is chosen. Here it is chosen: given as a number, or the one that
   // this resource had before; and what could be inherited would be seen.
@@ -299,14 +304,18 @@ export interface Asked {
 
 /** Throws Refused or Conflict. Changes nothing. */
 export async function choose(asked: Asked, guests: Guests, host: Host): Promise<Choice> {
-  const row = await chooseArchive(asked.from, asked.kept, host);
+  // Side by side: each of these wants a second or two of the node.
+  const [row, taken] = await Promise.all([
+    chooseArchive(asked.from, asked.kept, host),
+    asked.inPlace === undefined ? idsTaken(host) : undefined,
+  ]);
   const [archived, states, storages] = await Promise.all([
     configIn(row.volid, host),
     host.ask(pve.storageStates),
     host.ask(pve.storages),
   ]);
   const name = asked.name ?? archived.name;
-  if (asked.inPlace === undefined) await checkId(asked.vmId, name, guests, host);
+  if (taken !== undefined) await checkId(asked.vmId, name, guests, taken, host);
   const virtual = archived.unsized ? await host.ask(deviceSizes(row.volid)) : archived.virtualBytes;
   const isTight = asked.to.some(({ storage }) =>
     states.some((state) => state.storage === storage && state.avail + (asked.inPlace?.get(storage) ?? 0) < virtual),

@@ -45,27 +45,28 @@ export function isSettled(want: Want, { pinned, file, unconverted }: Mine): bool
   return files.isTemplate(file) === (want.template ?? true);
 }
 
-/** The next steps to what is declared; [] = it is so. */
+/** The steps to what is declared, without a look between them: each look costs the listing of a storage. [] = it is so. */
 export function changes(want: Want, mine: Mine, line: Line): Step[] {
-  const settings = setStep(want, mine, line);
-  if (settings !== undefined) return [settings];
   const { file, pinned } = mine;
   const id = String(file.vmid);
-  if (file.firewall && pinned.settings === undefined && !pinned.adopted)
-    return [
-      {
-        why: `remove the firewall rules that guest ${id} brought with it`,
-        argv: ["rm", "--", `/etc/pve/firewall/${id}.fw`],
-        look: true,
-      },
-    ];
-  if (!isLeft("pool", want, line) && file.pool !== want.pool && !pinned.adopted)
-    return poolSteps(id, file.pool, want.pool);
-  if (want.pool !== undefined && file.pool !== want.pool) return poolSteps(id, file.pool, want.pool);
-  return templateSteps(want, mine, line);
+  const hasPool = want.pool !== undefined || (!isLeft("pool", want, line) && !pinned.adopted);
+  const brought = file.firewall && pinned.settings === undefined && !pinned.adopted;
+  return [
+    ...setSteps(want, mine, line),
+    ...(brought
+      ? [
+          {
+            why: `remove the firewall rules that guest ${id} brought with it`,
+            argv: ["rm", "--", `/etc/pve/firewall/${id}.fw`] as const,
+          },
+        ]
+      : []),
+    ...(hasPool && file.pool !== want.pool ? poolSteps(id, file.pool, want.pool) : []),
+    ...templateSteps(want, mine, line),
+  ];
 }
 
-function setStep(want: Want, { file, pinned }: Mine, line: Line): Step | undefined {
+function setSteps(want: Want, { file, pinned }: Mine, line: Line): Step[] {
   const { values } = file;
   const { set, drop } = twinSettings(pinned, file);
   const name = want.name ?? pinned.archived?.name;
@@ -79,7 +80,7 @@ function setStep(want: Want, { file, pinned }: Mine, line: Line): Step | undefin
   const text = want.description ?? (isLeft("description", want, line) ? undefined : pinned.archived?.description);
   const description = marked(text ?? unmarked(values.description).text, line.owner);
   if (description !== (values.description ?? "").trimEnd()) set.push("--description", description);
-  if (set.length + drop.length === 0) return undefined;
+  if (set.length + drop.length === 0) return [];
   const id = String(file.vmid);
   const changed = [...set.filter((word) => word.startsWith("--")).map((word) => word.slice(2)), ...drop].join(", ");
   // The digest: whoever changed the guest since our look makes this fail instead of being overwritten.
@@ -92,15 +93,18 @@ function setStep(want: Want, { file, pinned }: Mine, line: Line): Step | undefin
     ...set,
     ...(drop.length > 0 ? ["--delete", drop.join(",")] : []),
   ];
-  return { why: `set ${changed} of guest ${id}`, argv, look: true };
+  return [{ why: `set ${changed} of guest ${id}`, argv }];
 }
 
 /** A guest is in one pool at most: it leaves the one before it enters the other. */
 function poolSteps(id: string, from: string | undefined, to: string | undefined): Step[] {
   const change = (pool: string, ...more: string[]): Argv => ["pvesh", "set", `/pools/${pool}`, "--vms", id, ...more];
-  if (from !== undefined)
-    return [{ why: `take guest ${id} out of the pool ${from}`, argv: change(from, "--delete", "1"), look: true }];
-  return to === undefined ? [] : [{ why: `put guest ${id} into the pool ${to}`, argv: change(to), look: true }];
+  return [
+    ...(from === undefined
+      ? []
+      : [{ why: `take guest ${id} out of the pool ${from}`, argv: change(from, "--delete", "1") }]),
+    ...(to === undefined ? [] : [{ why: `put guest ${id} into the pool ${to}`, argv: change(to) }]),
+  ];
 }
 
 function templateSteps(want: Want, { file, pinned, unconverted }: Mine, line: Line): Step[] {

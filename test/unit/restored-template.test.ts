@@ -412,13 +412,16 @@ describe("plan", () => {
     const [step] = restoredTemplate.plan(want, have(), line(chosen));
     expect(step).toMatchObject({ job: true, argv: RESTORE.split(" ") });
   });
-  it("then sets what differs, one command at a time, and makes it a template last", () => {
+  it("then sets what differs, and makes it a template last", () => {
     const fresh = { ...chosen, token: "g-1" };
     const twin = guest({ onboot: "1", hostpci0: "0000:01:00.0" }, { firewall: true }, "");
     const at = (file: GuestFile, w = want) => planned(have({ exists: true, mine: mine(file, fresh) }), fresh, w);
-    expect(at(twin)).toEqual([`qm set 14001 --onboot 0 --description ${marked("", OWNER)} --delete hostpci0`]);
-    expect(at(guest({}, { firewall: true }))).toEqual(["rm -- /etc/pve/firewall/14001.fw"]);
-    expect(at(guest(), { ...want, pool: "golden" })).toEqual(["pvesh set /pools/golden --vms 14001"]);
+    const set = `qm set 14001 --onboot 0 --description ${marked("", OWNER)} --delete hostpci0`;
+    expect(at(twin)).toEqual([set, "rm -- /etc/pve/firewall/14001.fw", "qm template 14001"]);
+    const join = "pvesh set /pools/golden --vms 14001";
+    expect(at(guest(), { ...want, pool: "golden" })).toEqual([join, "qm template 14001"]);
+    const leave = "pvesh set /pools/p --vms 14001 --delete 1";
+    expect(at(guest({ ...TEMPLATE }, { pool: "p" }), { ...want, pool: "golden" })).toEqual([leave, join]);
     expect(at(guest())).toEqual(["qm template 14001"]);
     expect(at(guest(), { ...want, template: false })).toEqual([]);
   });
