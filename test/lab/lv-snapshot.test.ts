@@ -1,6 +1,6 @@
 // LvSnapshot on real LVM: the laws, and what is special about points in time.
 import { readdirSync } from "node:fs";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import type { Fields } from "../../provider/engine-values.js";
 import { hooks } from "../../provider/host.js";
 import { hooks as ledgerHooks } from "../../provider/host-ledger.js";
@@ -11,7 +11,7 @@ import { useHosts, useStore, useVolumeGroup } from "./lab.js";
 const MiB = 1 << 20;
 const store = useStore();
 const vg = useVolumeGroup(store, "snaps", 640);
-const setUp = useOnce(async () => {
+beforeAll(async () => {
   await store.ssh(
     `lvcreate -qq -y -W n -L 64M -n root ${vg} && lvcreate -qq -y -W n -L 32M -n other ${vg} && lvcreate -qq -y --type thin-pool -L 64M -n pool ${vg} && lvcreate -qq -y --thinpool pool -V 64M -n thin ${vg}`,
   );
@@ -28,14 +28,8 @@ beforeEach(() => {
   };
 });
 
-function useOnce(work: () => Promise<void>): () => Promise<void> {
-  let done: Promise<void> | undefined;
-  return () => (done ??= work());
-}
-
 /** What LVM says of a volume, without what moves by itself. */
 async function lvs(name: string, columns = "lv_name,origin,lv_size,lv_tags,lv_uuid"): Promise<string | undefined> {
-  await setUp();
   const { stdout } = await store.ssh([
     "lvs",
     "--noheadings",
@@ -63,7 +57,6 @@ laws({
   look: (tag) => lvs(tag),
   vanish: async (tag) => void (await store.ssh(["lvremove", "-qq", "--yes", `${vg}/${tag}`])),
   foreign: async (tag) => {
-    await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "-n", tag, `${vg}/root`]);
   },
   losable: true,
@@ -109,7 +102,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("tells uuid, time and status, and marks the volume with its owner", async () => {
-    await setUp();
     const stack = stackFor("facts", "prod");
     await stack.up(inputs({ name: "facts" }));
     const outputs = stack.recorded?.outputs as { uuid: string; takenAt: string; status: Fields };
@@ -122,7 +114,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("holds what was on the origin when it was taken", async () => {
-    await setUp();
     await store.ssh(`printf before | dd of=/dev/${vg}/root conv=fsync status=none`);
     await stackFor("content").up(inputs({ name: "content" }));
     await store.ssh(`printf after! | dd of=/dev/${vg}/root conv=fsync status=none`);
@@ -131,7 +122,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("flushes a mounted origin first: what a guest wrote just before is in the snapshot and does not fill it", async () => {
-    await setUp();
     await store.ssh(`mkfs.ext4 -q -F /dev/${vg}/other && mkdir -p "/mnt/a b" && mount /dev/${vg}/other "/mnt/a b"`);
     try {
       await store.ssh(
@@ -151,7 +141,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("resolves a share of the origin once", async () => {
-    await setUp();
     const stack = stackFor("share");
     await stack.up(inputs({ name: "share", size: "20%ORIGIN" }));
     expect(await lvs("share", "lv_size")).toBe(`${16 * MiB}B`); // 20 % of 64 MiB, rounded up to 4 MiB extents
@@ -163,7 +152,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("is settled where LVM reduces silently to what the origin can use", async () => {
-    await setUp();
     const stack = stackFor("capped");
     await stack.up(inputs({ name: "capped", size: "100G" }));
     const size = Number.parseInt((await lvs("capped", "lv_size")) ?? "", 10);
@@ -174,7 +162,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("takes a larger one that LVM extended by itself as settled", async () => {
-    await setUp();
     const stack = stackFor("extended");
     await stack.up(inputs({ name: "extended" }));
     await store.ssh(["lvextend", "-qq", "--size", "24M", `${vg}/extended`]);
@@ -184,7 +171,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("refuses more than the group has, and changes nothing", async () => {
-    await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-l", "90%FREE", "-n", "hog", vg]);
     try {
       await expect(stackFor("toobig").up(inputs({ name: "toobig", size: "64M" }))).rejects.toThrow(
@@ -199,7 +185,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("refuses a snapshot of a snapshot", async () => {
-    await setUp();
     await stackFor("first").up(inputs({ name: "first" }));
     await expect(stackFor("second").up(inputs({ name: "second", origin: "first" }))).rejects.toThrow(
       /itself a snapshot \(of root\)/,
@@ -208,7 +193,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("reports an overflowed one lost, never takes it again by itself, and --replace does", async () => {
-    await setUp();
     const stack = stackFor("small");
     const small = inputs({ name: "small", size: "4M" });
     await stack.up(small);
@@ -224,7 +208,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("follows a renamed origin by its uuid, and does not take another volume of the same name for its own", async () => {
-    await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-W", "n", "-L", "8M", "-n", "moving", vg]);
     const stack = stackFor("follow");
     const of = inputs({ name: "follow", origin: "moving", size: "4M" });
@@ -242,7 +225,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("gives a snapshot that was renamed by hand its name back, and never replaces it for that", async () => {
-    await setUp();
     const stack = stackFor("named");
     const named = inputs({ name: "named" });
     await stack.up(named);
@@ -285,7 +267,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("takes a new one where one that was half changed is gone, and with it the state that knew it", async () => {
-    await setUp();
     const want = inputs({ name: "forgotten" });
     const stack = stackFor("forgotten");
     await stack.up(want);
@@ -356,7 +337,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("takes thin snapshots, active at once, and keeps the last copy", async () => {
-    await setUp();
     const stack = stackFor("tsnap");
     const thin = inputs({ name: "tsnap", origin: "thin", size: undefined });
     await stack.up(thin);
@@ -377,7 +357,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("refuses a pool that is too full, and takes it when less is asked for", async () => {
-    await setUp();
     const full = inputs({ name: "tfull", origin: "thin", size: undefined });
     await store.ssh(`dd if=/dev/urandom of=/dev/${vg}/thin bs=1M count=30 conv=fsync status=none`);
     await expect(stackFor("tfull").up({ ...full, minFreePoolPercent: 90 })).rejects.toThrow(
@@ -389,7 +368,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("refuses while the origin is being merged into, and tells an in-use snapshot's holder to let go at destroy", async () => {
-    await setUp();
     const stack = stackFor("busy");
     await stack.up(inputs({ name: "busy", origin: "other" }));
     await store.ssh(
@@ -401,7 +379,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("adopts a snapshot made by hand, also one of another stack, and stamps its own mark", async () => {
-    await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "--addtag", "keepme", "-n", "byhand", `${vg}/root`]);
     const uuid = await lvs("byhand", "lv_uuid");
     const stack = stackFor("byhand");
@@ -417,7 +394,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("reads with .get what is not ours, and throws for what is absent", async () => {
-    await setUp();
     await store.ssh(["lvcreate", "-qq", "-y", "-s", "-L", "8M", "-n", "seen", `${vg}/root`]);
     const stack = stackFor("seen");
     const read = await stack.calls.read(`${vg}/seen`, { host: store.connection, __provider: "x" });
@@ -462,7 +438,6 @@ describe("LvSnapshot on real LVM", () => {
   });
 
   it("carries any owner in the tag: blanks, quotes, unicode, and a name that no tag could hold", async () => {
-    await setUp();
     const stack = stackFor(`it's "ünique"; $(x) ${"y".repeat(30)}`);
     await stack.up(inputs({ name: "owners" }));
     expect(await stack.preview(inputs({ name: "owners" }))).toBe("same");
