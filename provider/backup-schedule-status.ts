@@ -1,6 +1,5 @@
 // BackupSchedule on Proxmox VE, what is told of a job: its next and last run, which guests it covers, whose backup is oldest.
 import * as z from "zod";
-import { CommandFailed } from "./errors.js";
 import type { Host, Report } from "./host.js";
 import * as pve from "./pve.js";
 
@@ -20,7 +19,7 @@ export async function askStatus(job: pve.BackupJob, host: Host): Promise<Status>
     host.ask(pve.includedVolumes(job.id)),
     host.ask(pve.guests),
     host.ask(lastRuns),
-    job.storage === undefined ? undefined : askDumps(job.storage, host),
+    job.storage === undefined ? undefined : pve.contentIfAny(host, job.storage, "backup"),
   ]);
   const covered = included.filter((guest) => guest.type !== "unknown" && guest.children.every((v) => v.included));
   const status: Status = { covered: covered.length, uncovered: uncovered(job, included, guests).slice(0, MOST) };
@@ -31,16 +30,6 @@ export async function askStatus(job: pve.BackupJob, host: Host): Promise<Status>
   const oldest = dumps && stalest(covered, dumps);
   if (oldest !== undefined) status.stalest = oldest;
   return status;
-}
-
-/** undefined: the storage does not answer, so nothing is known of its dumps. */
-async function askDumps(storage: string, host: Host): Promise<pve.Volume[] | undefined> {
-  try {
-    return await host.ask(pve.contentOf(storage, "backup"));
-  } catch (error) {
-    if (error instanceof CommandFailed) return undefined;
-    throw error;
-  }
 }
 
 const called = (id: number, name: string | undefined) => (name ? `${id} (${name})` : String(id));

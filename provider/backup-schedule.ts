@@ -234,15 +234,7 @@ function markOf(owner: string): string {
 
 function unmarked(found: string | undefined): { comment: string | undefined; owner: string | undefined } {
   const [, said = found, name] = /^(?:(.*?) ?)\[pulumi-vmbackup ([^\]]*)\]$/.exec(found ?? "") ?? [];
-  return { comment: said || undefined, owner: name === undefined ? undefined : decoded(name) };
-}
-
-function decoded(name: string): string {
-  try {
-    return decodeURIComponent(name);
-  } catch {
-    return name; // no mark of ours
-  }
+  return { comment: said || undefined, owner: name === undefined ? undefined : pve.ownerIn(name) };
 }
 
 /** A long owner stands in its mark as a hash, so that marks are compared, not owners. */

@@ -2,6 +2,7 @@
 // numbers are often text, lists are sets in random order), and writing under its locks.
 import { createHash } from "node:crypto";
 import * as z from "zod";
+import { CommandFailed } from "./errors.js";
 import type { Argv, Host, Report } from "./host.js";
 
 // ---------------------------------------------------------------- values as Proxmox prints them
@@ -39,6 +40,15 @@ export function propertyString(values: Readonly<Record<string, string | number |
       value === undefined ? [] : [`${key}=${typeof value === "boolean" ? Number(value) : value}`],
     )
     .join(",");
+}
+
+/** The owner in a mark of ours, as encodeURIComponent wrote it; what is no such text is no mark of ours, and stays as it is. */
+export function ownerIn(mark: string): string {
+  try {
+    return decodeURIComponent(mark);
+  } catch {
+    return mark;
+  }
 }
 
 // ---------------------------------------------------------------- inputs that several resources take
@@ -250,6 +260,16 @@ export function contentOf(storage: string, content?: string): Report<Volume[]> {
     z.array(volume),
     ...only,
   );
+}
+
+/** The same; undefined where the storage does not answer, so that nothing is known. */
+export async function contentIfAny(host: Host, storage: string, content?: string): Promise<Volume[] | undefined> {
+  try {
+    return await host.ask(contentOf(storage, content));
+  } catch (error) {
+    if (error instanceof CommandFailed) return undefined;
+    throw error;
+  }
 }
 
 /** Which of a storage's backups a retention would remove now, whatever guest they are of. */

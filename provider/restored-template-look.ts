@@ -406,13 +406,9 @@ async function volumesOf(guests: (Pinned | undefined)[], more: readonly string[]
   const settings = await host.ask(pve.storages);
   const listed = await Promise.all(
     storages.map(async (storage) => {
-      try {
-        return await host.ask(pve.contentOf(storage, "images"));
-      } catch (error) {
-        if (!(error instanceof CommandFailed)) throw error;
-        unknown.push(storage);
-        return [];
-      }
+      const found = await pve.contentIfAny(host, storage, "images");
+      if (found === undefined) unknown.push(storage);
+      return found ?? [];
     }),
   );
   const rows = listed.flat();

@@ -20,7 +20,7 @@ export function marked(text: string | undefined, owner: string): string {
 export function unmarked(found: string | undefined): { text: string; owner: string | undefined } {
   const [, text = found ?? "", name] =
     /^([\s\S]*?)\n*<!-- pulumi-vmbackup (\S+) -->$/.exec((found ?? "").trimEnd()) ?? [];
-  return { text: text.trimEnd(), owner: name === undefined ? undefined : decodeURIComponent(name) };
+  return { text: text.trimEnd(), owner: name === undefined ? undefined : pve.ownerIn(name) };
 }
 
 // ---------------------------------------------------------------- settings

@@ -4,7 +4,7 @@
 // Also here: what counts as a free id, for whoever takes one.
 import * as z from "zod";
 import type { Definition, Observed, Purpose, Step } from "./engine.js";
-import { CommandFailed, Conflict, Refused } from "./errors.js";
+import { Conflict, Refused } from "./errors.js";
 import type { Host } from "./host.js";
 import { hostSchema } from "./host.js";
 import { type Line, memory } from "./host-ledger.js";
@@ -272,13 +272,9 @@ export async function idsTaken(host: Host, recorded: Iterable<number> = []): Pro
     asked
       .filter(({ active }) => active)
       .map(async ({ storage }) => {
-        try {
-          return await host.ask(pve.contentOf(storage));
-        } catch (error) {
-          if (!(error instanceof CommandFailed)) throw error;
-          unknown.push(storage); // it went away since it was active
-          return [];
-        }
+        const found = await pve.contentIfAny(host, storage);
+        if (found === undefined) unknown.push(storage); // it went away since it was active
+        return found ?? [];
       }),
   );
   const ids = new Map<number, string>();

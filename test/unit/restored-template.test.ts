@@ -197,6 +197,8 @@ it("an owner's mark is found again, and nothing of the text is lost", () => {
   expect(unmarked(marked("two\nlines", owner))).toEqual({ text: "two\nlines", owner });
   expect(unmarked(marked("", owner))).toEqual({ text: "", owner });
   expect(unmarked("no mark")).toEqual({ text: "no mark", owner: undefined });
+  // Somebody else's words in the place of an owner: shown as they are, and no end of the run.
+  expect(unmarked("x\n<!-- pulumi-vmbackup 50% -->")).toEqual({ text: "x", owner: "50%" });
 });
 
 // ---------------------------------------------------------------- what is chosen
